@@ -1,0 +1,93 @@
+"""The processes of one server: each carries the server's mark in its environment, so that no other is ever touched."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+
+import psutil
+
+MARK = "LLAMA_SERVER"
+FRONTEND_S = 20.0
+WORKERS_S = 3.0
+KILLED_S = 10.0
+
+
+def of_server(mark: str) -> list[psutil.Process]:
+    """This user's processes that were started for the server `mark`, oldest first."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.uids().real == os.getuid() and process.environ().get(MARK) == mark:
+                found.append(process)
+        except psutil.Error:  # it ended, or is not ours to look at
+            continue
+    return sorted((each for each in found if _alive(each)), key=lambda each: each.create_time())
+
+
+def end(mark: str) -> int:
+    """End all processes of a server, the frontend first and politely; how many there were."""
+    processes = of_server(mark)
+    seen = {each.pid for each in processes}
+    # The frontend ends its workers by itself; ranks that are told at the same time would only look like crashes to it.
+    _tell(processes[:1], signal.SIGTERM)
+    _wait(lambda: any(_alive(each) for each in processes[:1]), FRONTEND_S)
+    for patience, number in ((WORKERS_S, signal.SIGTERM), (WORKERS_S, signal.SIGKILL), (KILLED_S, None)):
+        if _wait(lambda: bool(of_server(mark)), patience):
+            break
+        left = of_server(mark)
+        seen |= {each.pid for each in left}
+        if number is not None:
+            _tell(left, number)
+    return len(seen)
+
+
+def _wait(pending: Callable[[], bool], seconds: float) -> bool:
+    """Whether `pending` became false in time."""
+    deadline = time.monotonic() + seconds
+    while pending():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def _alive(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def _tell(processes: list[psutil.Process], number: int) -> None:
+    for process in processes:
+        try:
+            process.send_signal(number)  # psutil checks that the id was not given to another process since
+        except psutil.Error:
+            pass
+
+
+def port_is_free(host: str, port: int) -> bool:
+    """Whether a server can listen there."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True
+
+
+def listener(port: int) -> str:
+    """Who listens on a port, as far as this user may know."""
+    try:
+        for connection in psutil.net_connections("tcp"):
+            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
+                process = psutil.Process(connection.pid)
+                return f"process {process.pid} ({' '.join(process.cmdline())[:80]})"
+    except psutil.Error:
+        pass
+    return "another program"

@@ -1,0 +1,93 @@
+"""The kernels as a shared library: compiled once for each version of their source, then kept."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+SOURCES = ("model.cpp", "sampling.h", "attention.h", "linear.h", "threads.h")
+# Sums must not depend on how a loop was compiled, so the compiler may not fuse multiplications and additions by itself.
+FLAGS = ("-O3", "-std=c++20", "-ffp-contract=off", "-shared", "-fPIC", "-pthread", "-mavx2", "-mfma", "-mf16c")
+COMPILERS = ("c++", "g++", "clang++")
+NEEDED = {"avx2", "fma", "f16c"}
+MOST_HEADS_PER_KEY = 64  # query heads that share a key/value head, as attention.h has room for
+
+
+class NoKernels(RuntimeError):
+    """Why this machine cannot have the kernels."""
+
+
+@functools.cache
+def load() -> ctypes.CDLL:
+    """The compiled kernels, or `NoKernels`."""
+    missing = NEEDED - _cpu_flags()
+    if missing:
+        raise NoKernels(f"this CPU has no {', '.join(sorted(missing))}")
+    folder = Path(__file__).parent
+    digest = hashlib.sha256(" ".join(FLAGS).encode())
+    for name in SOURCES:
+        digest.update((folder / name).read_bytes())
+    cached = _cache_folder() / f"kernels-{digest.hexdigest()[:16]}.so"
+    if not cached.is_file():
+        _compile(folder / SOURCES[0], cached)
+    try:
+        library = ctypes.CDLL(str(cached))
+    except OSError as error:
+        raise NoKernels(f"{cached}: {error}") from None
+    library.model_new.restype = ctypes.c_void_p
+    library.model_new.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
+    library.model_run.restype = None
+    library.model_run.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+    library.model_draw.restype = None
+    library.model_draw.argtypes = (*[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, *[ctypes.c_void_p] * 2)
+    library.model_delete.restype = None
+    library.model_delete.argtypes = (ctypes.c_void_p,)
+    return library
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next((set(line.split()) for line in lines if line.startswith("flags")), set())
+    except OSError:
+        return set()
+
+
+def _cache_folder() -> Path:
+    """A folder that only this user can write to, since what lies in it is run."""
+    try:
+        folder = Path.home() / ".cache" / "llama-on-torchserve"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.stat()
+        if found.st_uid == os.getuid() and not found.st_mode & 0o022 and os.access(folder, os.W_OK):
+            return folder
+    except (OSError, RuntimeError):
+        pass
+    return Path(tempfile.mkdtemp(prefix="llama-on-torchserve-"))
+
+
+def _compile(source: Path, target: Path) -> None:
+    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
+    if compiler is None:
+        raise NoKernels(f"no C++ compiler ({', '.join(COMPILERS)}) is installed")
+    partial = target.with_suffix(f".{os.getpid()}")
+    command = [compiler, *FLAGS, str(source), "-o", str(partial)]
+    log.info("compiling %s", source.name)
+    try:
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        if ended.returncode:
+            raise NoKernels(f"{' '.join(command)} failed: {(ended.stderr.strip() or 'no message').splitlines()[0]}")
+        os.replace(partial, target)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NoKernels(f"{compiler} could not be run: {error}") from None
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,88 @@
+"""Weights in the order in which the kernels read them: panels of sixteen rows, column by column (see linear.h)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from quant import Quantized, Scheme
+from quant.int8 import Int8
+
+PANEL, BLOCK = 16, 32
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+INT8, INT4 = 3, 4
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A matrix as the kernels want it."""
+
+    kind: int
+    rows: int
+    columns: int
+    data: Tensor
+    scales: Tensor | None = None
+    group: int = BLOCK
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in memory."""
+        return self.data.nbytes + (self.scales.nbytes if self.scales is not None else 0)
+
+
+def pack(weight: Tensor, scheme: Scheme | None = None) -> Packed:
+    """A weight (rows, columns), quantized if a scheme is given that fits its columns."""
+    if scheme is None or not scheme.fits(weight.shape[1]):
+        return _pack_floats(weight)
+    quantized = scheme.quantize(weight)
+    return _pack_int8(quantized) if isinstance(scheme, Int8) else _pack_int4(quantized, scheme.group)
+
+
+def _panels(weight: Tensor, value: int = 0) -> Tensor:
+    """The rows in panels, the last one filled up: (panels, PANEL, columns)."""
+    return F.pad(weight, (0, 0, 0, -len(weight) % PANEL), value=value).unflatten(0, (-1, PANEL))
+
+
+def _pack_floats(weight: Tensor) -> Packed:
+    panels_PRK = _panels(weight)
+    if weight.dtype == torch.bfloat16:  # rows r and r + 8 of a panel side by side
+        data = panels_PRK.unflatten(1, (2, 8)).permute(0, 3, 2, 1)
+    else:
+        data = panels_PRK.transpose(1, 2)
+    return Packed(KINDS[weight.dtype], *weight.shape, data.contiguous())
+
+
+def _pack_int8(weight: Quantized) -> Packed:
+    rows, columns = weight.numbers.shape
+    data = _panels(weight.numbers).unflatten(2, (-1, 2)).transpose(1, 2).contiguous()
+    return Packed(INT8, rows, columns, data, F.pad(weight.scales.float(), (0, -rows % PANEL)))
+
+
+def _pack_int4(weight: Quantized, group: int) -> Packed:
+    rows, columns = weight.numbers.shape
+    # Of eight neighbouring columns the first four are the low halves of four bytes, the others the high ones.
+    panels = _panels(weight.numbers, 8).unflatten(1, (2, 8)).unflatten(3, (-1, 2, 4))
+    data = (panels[..., 0, :] | panels[..., 1, :] << 4).permute(0, 3, 1, 2, 4).contiguous()
+    scales = _panels(weight.scales).transpose(1, 2).contiguous()
+    return Packed(INT4, rows, columns, data, scales, group)
+
+
+def unpack(packed: Packed) -> Tensor:
+    """The weight's numbers in float32, for whoever wants to compare."""
+    panels, columns = -(-packed.rows // PANEL), packed.columns
+    data = packed.data
+    if packed.kind == INT4:
+        both = torch.stack((data & 15, data >> 4), -2).to(torch.int16) - 8
+        numbers = both.permute(0, 2, 3, 1, 4, 5).reshape(panels * PANEL, columns)
+        scales = packed.scales.transpose(1, 2).reshape(panels * PANEL, -1)
+        weight = (numbers.unflatten(1, (-1, packed.group)) * scales.float()[:, :, None]).flatten(1)
+    elif packed.kind == INT8:
+        weight = data.transpose(1, 2).reshape(panels * PANEL, columns) * packed.scales[:, None]
+    elif packed.kind == KINDS[torch.bfloat16]:
+        weight = data.permute(0, 3, 2, 1).reshape(panels * PANEL, columns).float()
+    else:
+        weight = data.transpose(1, 2).reshape(panels * PANEL, columns).float()
+    return weight[: packed.rows]

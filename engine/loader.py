@@ -1,0 +1,222 @@
+"""From a converted checkpoint to a model on this rank's device: preflight, layout, shards, weights."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from engine.checkpoint import Checkpoint, read_tensors
+from engine.config import ConfigError, DeviceError, EngineConfig
+from engine.cpu.library import MOST_HEADS_PER_KEY, NoKernels, load
+from engine.kv_cache import KVCache
+from engine.parallel import Ranks
+from engine.scheduler import MAX_PROMPT_LOGIT_ROWS
+from llama2 import ModelArgs, Transformer, localize, parallelize, tensor_parallel_mesh_shape
+from quant import SCHEMES, Scheme
+
+log = logging.getLogger(__name__)
+
+# On a CPU float32 is the fast and exact choice as long as the weights are small.
+FLOAT32_LIMIT_BYTES = 1 << 30
+SINGLE_THREAD_WEIGHTS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The sizes that the engine runs with, after the checkpoint filled in what the settings left open."""
+
+    max_seq_len: int
+    max_batch_size: int
+    max_tokens_per_step: int
+    dtype: torch.dtype
+    quantization: str = "none"
+    native: bool = False
+    """Whether the CPU's own kernels compute the steps."""
+
+    @property
+    def scheme(self) -> Scheme | None:
+        """How weights are quantized, if they are."""
+        return SCHEMES.get(self.quantization)
+
+    @classmethod
+    def settle(cls, config: EngineConfig, args: ModelArgs, device: str) -> Limits:
+        """Settings first, then the checkpoint's own defaults."""
+        slots = config.max_batch_size or args.max_batch_size
+        if config.max_tokens_per_step < slots:
+            raise ConfigError(
+                f"max_tokens_per_step is {config.max_tokens_per_step}; it must be at least max_batch_size ({slots})"
+            )
+        dtype = choose_dtype(config.dtype, args, device)
+        length = config.max_seq_len or args.max_seq_len
+        native = choose_native(config.kernels, args, device)
+        return cls(length, slots, config.max_tokens_per_step, dtype, config.quantization, native)
+
+
+@dataclass(frozen=True)
+class MemoryNeed:
+    """What one rank is going to hold, in bytes."""
+
+    weights: int
+    cache: int
+    working: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.cache + self.working
+
+
+def choose_dtype(name: str, args: ModelArgs, device: str) -> torch.dtype:
+    """The dtype for `auto`: bfloat16, or float16 on GPUs without it; float32 for a small model on a CPU."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.startswith("cuda"):
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return torch.float32 if 4 * args.parameter_count() <= FLOAT32_LIMIT_BYTES else torch.bfloat16
+
+
+def choose_native(kernels: str, args: ModelArgs, device: str) -> bool:
+    """Whether to use the CPU's own kernels: always if this machine can have them, unless PyTorch's are asked for."""
+    if kernels == "torch" or device != "cpu":
+        if kernels == "native":
+            raise ConfigError(f"kernels is 'native', but those are for the CPU and device is {device!r}; use 'auto'")
+        return False
+    try:
+        if args.n_heads // args.n_kv_heads > MOST_HEADS_PER_KEY:
+            raise NoKernels(f"more than {MOST_HEADS_PER_KEY} heads share a key/value head")
+        load()
+    except NoKernels as reason:
+        if kernels == "native":
+            raise ConfigError(f"kernels is 'native', but they cannot be had: {reason}; use 'auto' or 'torch'") from None
+        log.warning("PyTorch's kernels are used, which are slower, because %s", reason)
+        return False
+    return True
+
+
+def memory_need(args: ModelArgs, limits: Limits, ranks: int) -> MemoryNeed:
+    """Weights, cache and working memory of one rank, from sizes alone."""
+    parts, _ = tensor_parallel_mesh_shape(args, ranks)
+    weights = 0.0
+    for name, shape in args.tensor_shapes().items():
+        count = torch.Size(shape).numel()
+        if len(shape) == 2:
+            count = -(-count // (parts if ".wk." in name or ".wv." in name else ranks))
+        weights += count * _bytes_per_weight(name, shape, args, limits)
+    cache = KVCache.bytes_needed(
+        args.n_layers, limits.max_batch_size, args.n_kv_heads // parts, limits.max_seq_len, args.head_dim, limits.dtype
+    )
+    heads, keys, hidden = args.n_heads // ranks, args.n_kv_heads // parts, args.ffn_hidden_dim // ranks
+    # Per token: the residual stream and its normalised copy, one layer's heads (rotated in float32), its gates.
+    per_token = limits.dtype.itemsize * (4 * args.dim + 3 * hidden) + 8 * (heads + 2 * keys) * args.head_dim
+    # Per row of logits: float32, and in the sampler probabilities, their order and sums in double precision.
+    rows = limits.max_batch_size + MAX_PROMPT_LOGIT_ROWS
+    masks = limits.max_tokens_per_step * limits.max_seq_len
+    if limits.native:  # float32 throughout: the residual stream, one layer's heads and gates, activations in any form
+        widest = max(args.dim, heads * args.head_dim, hidden)
+        per_token = 4 * (2 * args.dim + (heads + 2 * keys) * args.head_dim + 2 * hidden) + 8 * widest
+        masks = 16 * args.head_dim * limits.max_seq_len  # RoPE's table, and the same again for a layer's packing
+    return MemoryNeed(int(weights), cache, limits.max_tokens_per_step * per_token + rows * args.vocab_size * 32 + masks)
+
+
+def _bytes_per_weight(name: str, shape: tuple[int, ...], args: ModelArgs, limits: Limits) -> float:
+    scheme, table = limits.scheme, name.startswith("tok_embeddings")
+    if scheme is None or not limits.native or len(shape) < 2 or (table and not args.tie_embeddings):
+        return limits.dtype.itemsize
+    if table or name.startswith("output"):
+        scheme = SCHEMES["int8"]
+    return scheme.bits / 8 if scheme.fits(shape[1]) else limits.dtype.itemsize
+
+
+def available_memory(device: str) -> int:
+    """Bytes that a new process may use: free device memory, or free host memory within the control group's limit."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0]
+    with open("/proc/meminfo") as lines:
+        fields = dict(line.split(":", 1) for line in lines)
+    available = int(fields["MemAvailable"].split()[0]) * 1024
+    try:
+        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as current:
+            available = min(available, int(limit.read()) - int(current.read()))
+    except (OSError, ValueError):  # no control group, or no limit ("max")
+        pass
+    return available
+
+
+def preflight(args: ModelArgs, limits: Limits, ranks: Ranks, fraction: float) -> MemoryNeed:
+    """Refuse, before anything is allocated, what the device cannot hold; say what it will hold."""
+    need = memory_need(args, limits, ranks.launch.size)
+    # Ranks on one host share its memory; each GPU is one rank's own.
+    sharers = 1 if ranks.device.startswith("cuda") else ranks.launch.local_size
+    usable = int(available_memory(ranks.device) * fraction)
+    figures = (
+        f"weights {_gib(need.weights)} ({str(limits.dtype).removeprefix('torch.')}) + KV cache {_gib(need.cache)} "
+        f"({limits.max_batch_size} slots x {limits.max_seq_len} tokens) + working {_gib(need.working)} "
+        f"= {_gib(need.total)} per rank; {sharers} rank(s) here, {_gib(usable)} usable on {ranks.device}"
+    )
+    if need.total * sharers > usable:
+        if need.weights * sharers > usable:
+            advice = "the weights alone do not fit: use dtype bfloat16, more ranks, or a larger device"
+        else:
+            each = max(1, need.cache // limits.max_batch_size)
+            fit = (usable // sharers - need.weights - need.working) // each
+            slots = f"max_batch_size to {fit} or " if fit >= 1 else ""
+            advice = f"lower {slots}max_seq_len, or use more ranks"
+        # Ranks on one CPU fail alike and one of them may speak for all; a GPU may be too full for its own rank only.
+        kind = DeviceError if ranks.device.startswith("cuda") else ConfigError
+        raise kind(f"not enough memory: {figures}; {advice}")
+    log.info("memory: %s", figures)
+    return need
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**28 else f"{size / 2**20:.1f} MiB"
+
+
+def load_model(checkpoint: Checkpoint, limits: Limits, ranks: Ranks) -> Transformer:
+    """This rank's share of the weights, in the wanted dtype, on its device."""
+    model = lay_out(checkpoint.args, limits, ranks)
+    fill(model, "", checkpoint, ranks.device)
+    if ranks.tp is not None:
+        localize(model, ranks.tp)
+    if limits.scheme is not None:
+        _round_to(model, limits.scheme)
+    model.set_rope(torch.device(ranks.device))
+    return model.eval()
+
+
+def lay_out(args: ModelArgs, limits: Limits, ranks: Ranks) -> Transformer:
+    """The model without any weights, sharded over the ranks."""
+    with torch.device("meta"):
+        model = Transformer(args).to(limits.dtype)
+    model.requires_grad_(False)
+    if ranks.tp is not None:
+        parallelize(model, ranks.tp, ranks.kv)
+    return model
+
+
+def fill(module: nn.Module, prefix: str, checkpoint: Checkpoint, device: str) -> None:
+    """Read a module's weights, whose names in the checkpoint begin with `prefix`."""
+    module.to_empty(device=device)
+    read_tensors(checkpoint, {prefix + name: tensor for name, tensor in module.state_dict().items()})
+
+
+def _round_to(model: Transformer, scheme: Scheme) -> None:
+    """Give the layers the numbers that quantization leaves of them; PyTorch computes with them in their old dtype."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and scheme.fits(module.weight.shape[1]):
+            chosen = SCHEMES["int8"] if name == "output" else scheme
+            module.weight.copy_(chosen.quantize(module.weight).dequantize())
+
+
+def choose_threads(args: ModelArgs, local_ranks: int) -> int:
+    """This host's cores divided among its ranks (torchrun alone would leave each rank one), but one for tiny layers.
+
+    Below about a million weights in a matrix the threads wait for one another longer than they compute.
+    """
+    if args.dim * args.ffn_hidden_dim // local_ranks < SINGLE_THREAD_WEIGHTS:
+        return 1
+    return max(1, len(os.sched_getaffinity(0)) // local_ranks)

@@ -1,0 +1,63 @@
+"""Computes a step: the plan's tokens through this rank's share of the model."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from engine.checkpoint import Checkpoint
+from engine.cpu.runner import CpuRunner
+from engine.kv_cache import KVCache
+from engine.loader import Limits, fill, lay_out, load_model
+from engine.parallel import Ranks
+from engine.sampler import choose_tokens
+from engine.scheduler import StepPlan
+from llama2 import Transformer, tensor_parallel_mesh_shape
+
+
+class Runner:
+    """A model, its cache, and nothing that remembers requests."""
+
+    def __init__(self, model: Transformer, limits: Limits, device: str, ranks: int) -> None:
+        args = model.args
+        parts, _ = tensor_parallel_mesh_shape(args, ranks)
+        self.model, self._device = model, device
+        self.cache = KVCache(
+            args.n_layers,
+            limits.max_batch_size,
+            args.n_kv_heads // parts,
+            limits.max_seq_len,
+            args.head_dim,
+            limits.dtype,
+            device,
+        )
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan) -> Tensor | None:
+        """Logits (R, V) of the rows that the plan wants, in its order; None on ranks that do not lead."""
+        tokens, positions, rows = [], [], []
+        for segment in plan.segments:
+            tokens += segment.tokens
+            positions += range(segment.start, segment.start + len(segment.tokens))
+            rows += range(len(tokens) - segment.logits, len(tokens))
+        positions_N = torch.tensor(positions, device=self._device)
+        self.cache.scrub(plan.scrub)
+        self.cache.begin(plan.segments, positions_N)
+        return self.model(
+            torch.tensor(tokens, device=self._device),
+            positions_N,
+            self.cache,
+            torch.tensor(rows, dtype=torch.int64, device=self._device),
+        )
+
+    choose_tokens = staticmethod(choose_tokens)
+
+
+def load_runner(checkpoint: Checkpoint, limits: Limits, ranks: Ranks) -> Runner | CpuRunner:
+    """The checkpoint on whatever kernels the limits say."""
+    if not limits.native:
+        return Runner(load_model(checkpoint, limits, ranks), limits, ranks.device, ranks.launch.size)
+    model = lay_out(checkpoint.args, limits, ranks)
+    group = ranks.tp.get_group() if ranks.tp is not None else None
+    # Layer by layer, so that no weight is held twice for long.
+    return CpuRunner(model, limits, group, lambda module, prefix: fill(module, prefix, checkpoint, ranks.device))

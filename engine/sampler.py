@@ -1,0 +1,134 @@
+"""From logits to tokens: pure functions over a batch whose every row has options of its own.
+
+The order is that of the field: logit bias and penalties, temperature, top-k, top-p, min-p, draw. Log-probabilities
+are the model's own, before any of it. Shapes: R rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Ordered
+
+import torch
+from torch import Tensor
+
+from engine.sequence import SamplingParams, Sequence, TokenLogprobs
+
+
+def choose_tokens(logits_RV: Tensor, sequences: Ordered[Sequence]) -> list[int]:
+    """One token for each row, drawn as its sequence asks."""
+    params = [sequence.params for sequence in sequences]
+    logits_RV = adjust(logits_RV, sequences)
+    tokens_R = logits_RV.argmax(-1)
+    drawn = [row for row, options in enumerate(params) if options.temperature > 0.0]
+    if drawn:
+        options = [params[row] for row in drawn]
+        weights = filtered_probabilities(logits_RV[drawn], options)
+        keys = torch.tensor([sequences[row].draw() for row in drawn], device=logits_RV.device)
+        tokens_R[drawn] = draw(weights, keys)
+    return tokens_R.tolist()
+
+
+def adjust(logits_RV: Tensor, sequences: Ordered[Sequence]) -> Tensor:
+    """Logits with each row's penalties and bias; rows without any stay as they are, and the input is kept."""
+    rows = [row for row, s in enumerate(sequences) if s.params.has_penalties or s.params.logit_bias]
+    if not rows:
+        return logits_RV
+    logits_RV = logits_RV.clone()
+    for row in rows:
+        _penalise(logits_RV[row], sequences[row])
+        bias = sequences[row].params.logit_bias
+        if bias:
+            ids = torch.tensor(list(bias), device=logits_RV.device)
+            logits_RV[row, ids] += torch.tensor(list(bias.values()), dtype=logits_RV.dtype, device=logits_RV.device)
+    return logits_RV
+
+
+def _penalise(logits_V: Tensor, sequence: Sequence) -> None:
+    """Repetition over prompt and output (as in CTRL), presence and frequency over the output (as OpenAI has it)."""
+    params, counts = sequence.params, sequence.output_counts
+    if params.repetition_penalty != 1.0:
+        ids = torch.tensor(sorted(sequence.prompt_ids | counts.keys()), device=logits_V.device)
+        seen = logits_V[ids]
+        logits_V[ids] = torch.where(seen > 0, seen / params.repetition_penalty, seen * params.repetition_penalty)
+    if counts and (params.presence_penalty or params.frequency_penalty):
+        ids = torch.tensor(list(counts), device=logits_V.device)
+        times = torch.tensor(list(counts.values()), dtype=logits_V.dtype, device=logits_V.device)
+        logits_V[ids] -= params.presence_penalty + params.frequency_penalty * times
+
+
+def filtered_probabilities(logits_RV: Tensor, params: Ordered[SamplingParams]) -> Tensor:
+    """Probabilities after temperature, with the tokens that top-k, top-p or min-p exclude at zero; not renormalised."""
+
+    def column(name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.tensor([getattr(p, name) for p in params], dtype=dtype, device=logits_RV.device)[:, None]
+
+    # The largest logit becomes 0 first, so that a tiny temperature cannot overflow.
+    scaled_RV = (logits_RV - logits_RV.amax(-1, keepdim=True)) / column("temperature").clamp_min(1e-6)
+    probabilities_RV = scaled_RV.softmax(-1)
+    cut = [row for row, p in enumerate(params) if p.top_k or p.top_p < 1.0]
+    if cut:
+        probabilities_RV[cut] = _cut_tail(
+            probabilities_RV[cut], column("top_k", torch.int64)[cut], column("top_p", torch.float64)[cut]
+        )
+    if any(p.min_p for p in params):
+        floor = column("min_p") * probabilities_RV.amax(-1, keepdim=True)
+        probabilities_RV = probabilities_RV.masked_fill(probabilities_RV < floor, 0.0)
+    return probabilities_RV
+
+
+def _cut_tail(probabilities_RV: Tensor, top_k_R1: Tensor, top_p_R1: Tensor) -> Tensor:
+    """Keep the k likeliest, and of those the fewest that together reach the share p (the token that reaches it too)."""
+    sorted_RV, order_RV = torch.sort(probabilities_RV, dim=-1, descending=True, stable=True)
+    width = sorted_RV.shape[-1]
+    ranks = torch.arange(width, device=sorted_RV.device)
+    sorted_RV = sorted_RV.masked_fill(ranks >= torch.where(top_k_R1 > 0, top_k_R1, width), 0.0)
+    before_RV = sorted_RV.double().cumsum(-1)
+    target_R1 = top_p_R1 * before_RV[:, -1:]
+    before_RV = before_RV - sorted_RV
+    keep_RV = (before_RV < target_R1) | (top_p_R1 >= 1.0) | (ranks == 0)
+    return torch.zeros_like(probabilities_RV).scatter(-1, order_RV, sorted_RV * keep_RV)
+
+
+def draw(weights_RV: Tensor, keys_R: Tensor) -> Tensor:
+    """The token whose weight, divided by exponential noise of its own, is largest: a draw in proportion to the weights.
+
+    The noise follows from the row's key and the token's id alone. Weights that differ in their last bits, as they do
+    in another batch, then give another token only if the two best are that close; inverting cumulative weights would
+    let every boundary of a large vocabulary move a little.
+    """
+    ids_V = torch.arange(weights_RV.shape[-1], device=weights_RV.device)
+    bits_RV = _mix(keys_R[:, None] + ids_V * _STRIDE) >> 40 & 0xFFFFFF
+    noise_RV = -((bits_RV.float() + 0.5) * 2.0**-24).log()
+    return (weights_RV / noise_RV).argmax(-1)
+
+
+_STRIDE, _FIRST, _SECOND = (n - (1 << 64) for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
+
+def _mix(x: Tensor) -> Tensor:
+    """Scramble 64-bit numbers (splitmix64's finaliser), in signed arithmetic that wraps."""
+    x = (x ^ (x >> 30 & (1 << 34) - 1)) * _FIRST
+    x = (x ^ (x >> 27 & (1 << 37) - 1)) * _SECOND
+    return x ^ (x >> 31 & (1 << 33) - 1)
+
+
+def token_logprobs(logits_RV: Tensor, tokens: Ordered[int], tops: Ordered[int]) -> list[TokenLogprobs]:
+    """Each row's token and its likeliest alternatives under the model itself."""
+    if not tokens:
+        return []
+    logprobs_RV = logits_RV.log_softmax(-1)
+    chosen = logprobs_RV.gather(-1, torch.tensor(tokens, device=logits_RV.device)[:, None])[:, 0].tolist()
+    widest = min(max(tops), logits_RV.shape[-1])
+    values, ids = logprobs_RV.topk(widest, -1)
+    result = []
+    for token, logprob, top, row_values, row_ids in zip(
+        tokens, chosen, tops, values.tolist(), ids.tolist(), strict=True
+    ):
+        pairs = zip(row_ids[:top], row_values[:top], strict=True)
+        result.append(TokenLogprobs(token, logprob, tuple(pairs)))
+    return result
+
+
+def finite_rows(logits_RV: Tensor) -> list[bool]:
+    """Which rows hold numbers only: an overflow in half precision must end its own sequence and no other."""
+    return logits_RV.sum(-1).isfinite().tolist()

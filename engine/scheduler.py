@@ -1,0 +1,138 @@
+"""Which tokens of which sequences the next step computes. Ordered lists and arithmetic, no torch."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence as Ordered
+from dataclasses import dataclass
+from typing import Protocol
+
+from engine.sequence import Sequence
+
+# Rows of prompts whose logits one step may ask for: logits are as wide as the vocabulary, so they need a bound.
+MAX_PROMPT_LOGIT_ROWS = 128
+
+
+class Capacity(Protocol):
+    """What the scheduler asks of the cache."""
+
+    def acquire(self) -> int | None: ...
+
+    def release(self, slot: int) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A run of one sequence's tokens, from position `start` on; its last `logits` rows want their logits."""
+
+    slot: int
+    start: int
+    tokens: tuple[int, ...]
+    logits: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """What every rank computes next: single tokens first, by slot, then chunks; `scrub` are slots to clear before."""
+
+    segments: tuple[Segment, ...]
+    scrub: tuple[int, ...] = ()
+
+    def to_numbers(self) -> list[int]:
+        """The plan as whole numbers, to travel between ranks."""
+        numbers = [len(self.segments), len(self.scrub), *self.scrub]
+        for segment in self.segments:
+            numbers += (segment.slot, segment.start, len(segment.tokens), segment.logits, *segment.tokens)
+        return numbers
+
+    @classmethod
+    def from_numbers(cls, numbers: Ordered[int]) -> StepPlan:
+        """The plan that `to_numbers` gave; anything behind its end is ignored."""
+        count, at = numbers[0], 2 + numbers[1]
+        scrub, segments = tuple(numbers[2:at]), []
+        for _ in range(count):
+            slot, start, length, logits = numbers[at : at + 4]
+            at += 4
+            segments.append(Segment(slot, start, tuple(numbers[at : at + length]), logits))
+            at += length
+        return cls(tuple(segments), scrub)
+
+    @staticmethod
+    def most_numbers(max_batch_size: int, max_tokens_per_step: int) -> int:
+        """How many numbers the largest plan takes."""
+        return 2 + max_batch_size + 4 * max_batch_size + max_tokens_per_step
+
+
+class Scheduler:
+    """Admits sequences in order of arrival; every running one decodes in each step, prompts fill what is left."""
+
+    def __init__(self, capacity: Capacity, max_tokens_per_step: int) -> None:
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self._capacity = capacity
+        self._max_tokens = max_tokens_per_step
+        self._scrub: list[int] = []
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence behind all that came before."""
+        self.waiting.append(sequence)
+
+    def next(self) -> tuple[StepPlan, list[Sequence]] | None:
+        """The next step and the sequence of each of its segments; None when nothing waits or runs."""
+        self.reap()
+        budget, rows = self._max_tokens, MAX_PROMPT_LOGIT_ROWS
+        singles = sorted((s for s in self.running if s.pending == 1), key=lambda s: s.slot)
+        chosen = [(sequence, self._segment(sequence, 1)) for sequence in singles]
+        budget -= len(singles)
+        for sequence in [s for s in self.running if s.pending > 1] + list(self.waiting):
+            if budget < 1 or (sequence.wants_prompt_logprobs and rows < 1):
+                break
+            if sequence.slot is None and not self._admit():
+                break
+            length = min(sequence.pending, budget)
+            if sequence.wants_prompt_logprobs:
+                length = min(length, rows)
+                rows -= length
+            chosen.append((sequence, self._segment(sequence, length)))
+            budget -= length
+        if not chosen:
+            return None
+        scrub, self._scrub = tuple(self._scrub), []
+        # A one-token prompt is a single too, and the cache wants those in front, by slot.
+        chosen.sort(key=lambda pair: (len(pair[1].tokens) > 1, pair[1].slot))
+        return StepPlan(tuple(segment for _, segment in chosen), scrub), [sequence for sequence, _ in chosen]
+
+    def reap(self) -> None:
+        """Free the slots of all sequences that ended."""
+        for sequence in self.running:
+            if sequence.finished:
+                self._capacity.release(sequence.slot)
+                sequence.slot = None
+        self.running = [sequence for sequence in self.running if not sequence.finished]
+        if any(sequence.finished for sequence in self.waiting):
+            self.waiting = deque(sequence for sequence in self.waiting if not sequence.finished)
+
+    def scrub(self, slot: int) -> None:
+        """Have a slot cleared before the next step: what is in it is not finite and could leak into its next user."""
+        self._scrub.append(slot)
+
+    def _admit(self) -> bool:
+        slot = self._capacity.acquire()
+        if slot is None:
+            return False
+        sequence = self.waiting.popleft()
+        sequence.slot = slot
+        sequence.admitted_at = time.monotonic()
+        self.running.append(sequence)
+        return True
+
+    @staticmethod
+    def _segment(sequence: Sequence, length: int) -> Segment:
+        start = sequence.computed
+        tokens = tuple(sequence.tokens[start : start + length])
+        if sequence.wants_prompt_logprobs:
+            logits = length
+        else:
+            logits = 1 if start + length == len(sequence.tokens) else 0
+        return Segment(sequence.slot, start, tokens, logits)

@@ -1,0 +1,14 @@
+"""What all tests share."""
+
+from __future__ import annotations
+
+import signal
+
+import torch
+
+# Two test processes run at once, and tiny tensors gain nothing from more threads.
+torch.set_num_threads(1)
+
+# A shell starts what it runs in the background with interrupts ignored, and so would every program under test be.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,0 +1,245 @@
+"""The CPU's own kernels: PyTorch's numbers, for every dtype and scheme, and the same bits in whatever company."""
+
+from __future__ import annotations
+
+import logging
+import random
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import TINY, model_of, random_weights
+
+from engine.config import ConfigError
+from engine.cpu import library
+from engine.cpu.packing import pack, unpack
+from engine.cpu.runner import CpuRunner
+from engine.loader import Limits, choose_native
+from engine.runner import Runner
+from engine.sampler import choose_tokens
+from engine.scheduler import Segment, StepPlan
+from engine.sequence import SamplingParams, Sequence
+from llama2 import ModelArgs
+from quant import SCHEMES
+
+LENGTH = 160
+MODELS = {
+    "GQA": TINY,
+    "odd sizes": ModelArgs(
+        dim=100, n_layers=3, n_heads=5, n_kv_heads=5, head_dim=20, vocab_size=77, ffn_hidden_dim=130, max_seq_len=LENGTH
+    ),
+    "tied, one KV head, wide heads": ModelArgs(
+        dim=256, n_layers=2, n_heads=4, n_kv_heads=1, vocab_size=300, multiple_of=32, tie_embeddings=True
+    ),
+}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# What float32 activations and a cache in the model's own dtype leave; activations beside int4 have 8 bits.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+def limits(dtype: torch.dtype = torch.float32, quantization: str = "none") -> Limits:
+    return Limits(LENGTH, 4, 100, dtype, quantization, native=True)
+
+
+def tokens_of(args: ModelArgs) -> list[list[int]]:
+    return torch.randint(args.vocab_size, (4, LENGTH), generator=torch.Generator().manual_seed(1)).tolist()
+
+
+def plans(args: ModelArgs) -> list[StepPlan]:
+    """Prompts in chunks, alone and beside single tokens, one of a single token, slots in any order, then decoding."""
+    tokens = tokens_of(args)
+
+    def segment(slot: int, start: int, count: int, logits: int = 1) -> Segment:
+        return Segment(slot, start, tuple(tokens[slot][start : start + count]), logits)
+
+    return [
+        StepPlan((segment(2, 0, 40), segment(0, 0, 37, 37))),
+        StepPlan((segment(0, 37, 1), segment(2, 40, 33, 2))),
+        StepPlan((segment(1, 0, 1), segment(0, 38, 50))),
+        *(StepPlan((segment(0, 88 + i, 1), segment(1, 1 + i, 1), segment(2, 73 + i, 1))) for i in range(8)),
+    ]
+
+
+def weights_of(args: ModelArgs, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    return {name: weight.to(dtype) for name, weight in random_weights(args, seed=5).items()}
+
+
+def logits_of(runner: Runner | CpuRunner, args: ModelArgs) -> torch.Tensor:
+    return torch.cat([runner.run(plan).clone() for plan in plans(args)])
+
+
+def reference(args: ModelArgs, weights: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The same steps by PyTorch in float32."""
+    model = model_of(args, {name: weight.float() for name, weight in weights.items()})
+    return logits_of(Runner(model, Limits(LENGTH, 4, 100, torch.float32), "cpu", 1), args)
+
+
+def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_step_gives_pytorchs_logits(name: str, dtype: torch.dtype) -> None:
+    args = MODELS[name]
+    weights = weights_of(args, dtype)
+    runner = CpuRunner(model_of(args, weights), limits(dtype))
+    assert difference(logits_of(runner, args), reference(args, weights)) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("name", MODELS)
+def test_quantized_weights_give_the_logits_of_the_numbers_that_they_stand_for(name: str, scheme: str) -> None:
+    args, chosen = MODELS[name], SCHEMES[scheme]
+    weights = weights_of(args, torch.float32)
+    runner = CpuRunner(model_of(args, weights), limits(quantization=scheme))
+    rounded = {}
+    for each, weight in weights.items():
+        kept = weight.dim() == 1 or (each.startswith("tok_embeddings") and not args.tie_embeddings)
+        wanted = SCHEMES["int8"] if each.startswith(("output", "tok_embeddings")) else chosen
+        rounded[each] = weight if kept or not wanted.fits(weight.shape[1]) else wanted.quantize(weight).dequantize()
+    # int8 keeps 13 and more bits of activations, int4 eight.
+    assert difference(logits_of(runner, args), reference(args, rounded)) <= (1e-3 if scheme == "int8" else 3e-2)
+
+
+@pytest.mark.parametrize("scheme", ["none", *SCHEMES])
+def test_a_sequences_numbers_do_not_depend_on_company_or_threads(scheme: str) -> None:
+    args = MODELS["tied, one KV head, wide heads"]
+    tokens = tokens_of(args)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for company, threads in ((1, 1), (2, 1), (4, 1), (4, 2), (1, 3)):
+            torch.set_num_threads(threads)
+            runner = CpuRunner(model_of(args, weights_of(args, torch.float32)), limits(quantization=scheme))
+            rows = [runner.run(StepPlan((Segment(0, 0, tuple(tokens[0][:30]), 1),)))[0].clone()]
+            for position in range(30, 40):
+                own = Segment(0, position, (tokens[0][position],), 1)
+                others = [Segment(slot, position - 30, (tokens[slot][position],), 1) for slot in range(1, company)]
+                rows.append(runner.run(StepPlan((own, *others)))[0].clone())
+            results.append(torch.stack(rows))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 16, 37])
+def test_packing_loses_nothing(dtype: torch.dtype, rows: int) -> None:
+    weight = torch.randn(rows, 128, generator=torch.Generator().manual_seed(2)).to(dtype)
+    assert torch.equal(unpack(pack(weight)), weight.float())
+    for scheme in SCHEMES.values():
+        assert torch.equal(unpack(pack(weight, scheme)), scheme.quantize(weight).dequantize())
+
+
+def test_large_activations_and_long_rows_do_not_overflow_whole_numbers() -> None:
+    args = ModelArgs(dim=32, n_layers=1, n_heads=2, vocab_size=16, ffn_hidden_dim=9000, max_seq_len=8)
+    weights = {name: torch.full_like(weight, 0.5) for name, weight in weights_of(args, torch.float32).items()}
+    weights["output.weight"] = weights_of(args, torch.float32)["output.weight"]
+    plan = StepPlan((Segment(0, 0, (1, 2, 3), 3),))
+    expected = Runner(model_of(args, weights), limits(), "cpu", 1).run(plan)
+    runner = CpuRunner(model_of(args, weights), limits(quantization="int8"))
+    assert difference(runner.run(plan), expected) <= 1e-2
+
+
+# --- where the kernels cannot be had ---
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A user without any compiled kernels; they are found again afterwards."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    library.load.cache_clear()
+    yield tmp_path
+    library.load.cache_clear()
+
+
+def test_the_kernels_are_compiled_once_and_kept_for_this_user_alone(fresh: Path) -> None:
+    library.load()
+    kept = list((fresh / ".cache" / "llama-on-torchserve").iterdir())
+    assert [path.suffix for path in kept] == [".so"]
+    assert kept[0].parent.stat().st_mode & 0o077 == 0
+    made = kept[0].stat().st_mtime_ns
+    library.load.cache_clear()
+    library.load()
+    assert kept[0].stat().st_mtime_ns == made
+
+
+def test_a_cache_that_others_may_write_to_is_not_trusted(fresh: Path) -> None:
+    folder = fresh / ".cache" / "llama-on-torchserve"
+    folder.mkdir(parents=True)
+    folder.chmod(0o777)
+    library.load()
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("lack", ["a compiler", "instructions"])
+def test_a_machine_without_what_they_need_takes_pytorchs_and_says_why(
+    fresh: Path, lack: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    if lack == "a compiler":
+        monkeypatch.setattr(shutil, "which", lambda name: None)
+        reason = "no C++ compiler"
+    else:
+        monkeypatch.setattr(library, "_cpu_flags", lambda: {"avx2"})
+        reason = "this CPU has no f16c, fma"
+    with caplog.at_level(logging.WARNING):
+        assert not choose_native("auto", TINY, "cpu")
+    assert reason in caplog.text
+    with pytest.raises(ConfigError, match=re.escape(f"kernels is 'native', but they cannot be had: {reason}")):
+        choose_native("native", TINY, "cpu")
+
+
+def test_pytorchs_kernels_are_used_where_they_are_asked_for_or_the_device_is_another() -> None:
+    assert not choose_native("torch", TINY, "cpu")
+    assert not choose_native("auto", TINY, "cuda:0")
+    with pytest.raises(ConfigError, match="those are for the CPU and device is 'cuda:0'"):
+        choose_native("native", TINY, "cuda:0")
+
+
+# --- sampling ---
+
+
+def test_tokens_are_those_that_pytorchs_sampler_draws() -> None:
+    model, rng = model_of(TINY, weights_of(TINY, torch.float32)), random.Random(4)
+    runner = CpuRunner(model, limits())
+    same = drawn = 0
+    for round_ in range(60):
+        width, rows = rng.choice((3, 64, 1000, 5000)), rng.randint(1, 9)
+        logits = 4 * torch.randn(rows, width + 5, generator=torch.Generator().manual_seed(round_))[:, :width]
+        if round_ % 5 == 0:
+            logits = logits.round()  # many weights that are equal: of two the lower id counts as the larger
+        options = [
+            SamplingParams(
+                temperature=rng.choice((0.0, 1e-4, 0.7, 1.0, 3.0, 50.0)),
+                top_k=rng.choice((0, 0, 1, 2, 40, 100_000)),
+                top_p=rng.choice((1.0, 1.0, 0.9, 0.5, 1e-6)),
+                min_p=rng.choice((0.0, 0.0, 0.05, 1.0)),
+                repetition_penalty=rng.choice((1.0, 1.3)),
+                logit_bias=rng.choice(({}, {1: 5.0})),
+                seed=rng.randrange(1000),
+            )
+            for _ in range(rows)
+        ]
+        ours, theirs = ([Sequence([1, 2], each) for each in options] for _ in range(2))
+        pairs = zip(runner.choose_tokens(logits, ours), choose_tokens(logits, theirs), strict=True)
+        same += sum(a == b for a, b in pairs)
+        drawn += rows
+    # Their last bits differ, which may tip a share of the tail or a draw that is as good as even.
+    assert same >= 0.99 * drawn
+
+
+def test_draws_follow_the_weights() -> None:
+    runner = CpuRunner(model_of(TINY, weights_of(TINY, torch.float32)), limits())
+    shares = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    sequence = Sequence([1], SamplingParams(temperature=1.0, seed=9))
+    draws = 4000
+    logits = shares.log().expand(100, -1).contiguous()
+    tokens = [token for _ in range(draws // 100) for token in runner.choose_tokens(logits, [sequence] * 100)]
+    counts = torch.tensor(tokens).bincount(minlength=4)
+    # Five standard deviations of a binomial.
+    assert ((counts / draws - shares).abs() <= 5 * (shares * (1 - shares) / draws).sqrt()).all()
+    kept = Sequence([1], SamplingParams(temperature=1.0, top_p=0.7, seed=9))
+    assert set(runner.choose_tokens(logits, [kept] * 100)) == {0, 1}

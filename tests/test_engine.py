@@ -1,0 +1,232 @@
+"""Continuous batching: whatever else is in the batch, a sequence gets what it gets alone."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from tiny_models import TINY, alone, engine_of, finish, limits, model_of, random_weights
+
+from engine.config import RequestError
+from engine.sequence import FinishReason, SamplingParams
+
+MODEL = model_of(TINY, random_weights(TINY, seed=11))
+SCHEDULES = 500
+
+
+def random_request(rng: random.Random) -> tuple[list[int], SamplingParams]:
+    prompt = [rng.randrange(TINY.vocab_size) for _ in range(rng.choice((1, 2, 5, 17, 30)))]
+    greedy = rng.random() < 0.5
+    params = SamplingParams(
+        max_tokens=rng.randint(1, 12),
+        temperature=0.0 if greedy else rng.choice((0.5, 1.0, 1.5)),
+        top_p=rng.choice((1.0, 0.8)),
+        top_k=rng.choice((0, 0, 10)),
+        min_p=rng.choice((0.0, 0.05)),
+        repetition_penalty=rng.choice((1.0, 1.2)),
+        presence_penalty=rng.choice((0.0, 0.5)),
+        stop_ids=frozenset(rng.sample(range(TINY.vocab_size), 2)),
+        seed=rng.randrange(1000),
+    )
+    return prompt, params
+
+
+KERNELS = pytest.mark.parametrize(
+    "choices",
+    [{}, {"native": True}, *({"native": True, "quantization": scheme} for scheme in ("int8", "int4"))],
+    ids=["torch", "native", "native int8", "native int4"],
+)
+
+
+@KERNELS
+def test_500_random_schedules_give_every_survivor_what_it_gets_alone(choices: dict) -> None:
+    schedules = SCHEDULES // 5 if "quantization" in choices else SCHEDULES
+    rng = random.Random(12)
+    pool = [random_request(rng) for _ in range(60)]
+    expected = [alone(MODEL, prompt, params, limits(**choices)) for prompt, params in pool]
+    survivors = cancelled = 0
+    for _ in range(schedules):
+        slots = rng.randint(1, 5)
+        budget = rng.choice((slots, 8, 16, 64))
+        engine = engine_of(MODEL, limits(slots=slots, max_tokens_per_step=budget, **choices))
+        arrivals = sorted((rng.randint(0, 12), index) for index in rng.choices(range(len(pool)), k=rng.randint(2, 7)))
+        sequences, step = [], 0
+        while arrivals or engine.busy:
+            while arrivals and arrivals[0][0] <= step:
+                index = arrivals.pop(0)[1]
+                sequences.append((index, engine.add(*pool[index])))
+            if sequences and rng.random() < 0.05:
+                engine.cancel(rng.choice(sequences)[1])
+            engine.step()
+            assert engine.running + engine.slots.free == slots
+            step += 1
+        assert engine.slots.free == slots
+        for index, sequence in sequences:
+            generated = sequence.tokens[sequence.prompt_length :]
+            if sequence.finish_reason is FinishReason.CANCELLED:
+                cancelled += 1
+                assert generated == expected[index][: len(generated)]
+            else:
+                survivors += 1
+                assert generated == expected[index]
+    assert survivors > 3 * schedules and cancelled > schedules / 5
+
+
+def test_admission_follows_the_order_of_arrival() -> None:
+    engine = engine_of(MODEL, limits(slots=2, max_tokens_per_step=8))
+    sequences = [engine.add([index + 1] * (12 - index), SamplingParams(max_tokens=3)) for index in range(6)]
+    first_tokens = []
+    while engine.busy:
+        for output in engine.step():
+            if output.sequence.generated == 1:
+                first_tokens.append(output.sequence)
+    assert first_tokens == sequences
+
+
+def test_cancelling_frees_the_slot_within_one_step() -> None:
+    engine = engine_of(MODEL, limits(slots=1))
+    running = engine.add([1, 2, 3], SamplingParams(max_tokens=50))
+    waiting = engine.add([4, 5], SamplingParams(max_tokens=50))
+    last = engine.add([6], SamplingParams(max_tokens=50))
+    engine.step()
+    engine.cancel(running)
+    engine.cancel(waiting)
+    outputs = engine.step()
+    assert [output.sequence for output in outputs] == [last]
+    assert (running.finish_reason, waiting.finish_reason) == (FinishReason.CANCELLED, FinishReason.CANCELLED)
+    assert (running.slot, waiting.slot, last.slot) == (None, None, 0)
+
+
+def test_a_sequence_cancelled_in_the_middle_of_its_prompt_leaves_no_trace() -> None:
+    prompt, params = list(range(1, 31)), SamplingParams(max_tokens=5, temperature=0.0)
+    engine = engine_of(MODEL, limits(slots=1, max_tokens_per_step=8))
+    first = engine.add(prompt[::-1], params)
+    engine.step()
+    engine.cancel(first)
+    assert finish(engine, engine.add(prompt, params)) == alone(MODEL, prompt, params)
+
+
+def test_a_sequence_that_fills_max_seq_len_ends_with_length() -> None:
+    engine = engine_of(MODEL, limits(max_seq_len=20))
+    sequence = engine.add([1] * 15, SamplingParams(temperature=0.0))
+    assert len(finish(engine, sequence)) == 5
+    assert sequence.finish_reason is FinishReason.LENGTH
+    capped = engine.add([1] * 15, SamplingParams(max_tokens=99, temperature=0.0))
+    assert len(finish(engine, capped)) == 5
+    longest = engine.add([1] * 19, SamplingParams(temperature=0.0))
+    assert len(finish(engine, longest)) == 1
+
+
+def test_a_stop_id_ends_a_sequence_and_is_its_last_token() -> None:
+    tokens = alone(MODEL, [7, 8, 9], SamplingParams(max_tokens=10, temperature=0.0))
+    stop = tokens[4]
+    engine = engine_of(MODEL)
+    sequence = engine.add([7, 8, 9], SamplingParams(max_tokens=10, temperature=0.0), frozenset({stop}))
+    assert finish(engine, sequence) == tokens[: tokens.index(stop) + 1]
+    assert sequence.finish_reason is FinishReason.STOP
+    unstopped = SamplingParams(max_tokens=10, temperature=0.0, ignore_eos=True)
+    assert finish(engine, engine.add([7, 8, 9], unstopped, frozenset({stop}))) == tokens
+
+
+def test_the_same_seed_gives_the_same_tokens_and_another_seed_others() -> None:
+    def tokens(seed: int | None) -> list[int]:
+        return alone(MODEL, [3, 1, 4], SamplingParams(max_tokens=30, seed=seed))
+
+    assert tokens(5) == tokens(5)
+    assert len({tuple(tokens(seed)) for seed in (5, -5, 6, None)}) == 4
+
+
+def test_prompt_logprobs_are_those_of_the_model_in_chunks_and_beside_others() -> None:
+    prompt = torch.randint(TINY.vocab_size, (50,), generator=torch.Generator().manual_seed(1)).tolist()
+    params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=3, logprobs=2)
+    engine = engine_of(MODEL, limits(max_tokens_per_step=16))
+    engine.add([5] * 9, SamplingParams(max_tokens=20, temperature=0.0))
+    sequence = engine.add(prompt, params)
+    logprobs = None
+    while not sequence.finished:
+        for output in engine.step():
+            if output.sequence is sequence:
+                logprobs = output.logprobs
+    reference = engine_of(MODEL, limits(max_tokens_per_step=64))
+    whole = reference.add(prompt, params)
+    finish(reference, whole)
+    assert [entry.token for entry in sequence.prompt_logprobs] == prompt[1:]
+    for ours, theirs in zip(sequence.prompt_logprobs, whole.prompt_logprobs, strict=True):
+        assert abs(ours.logprob - theirs.logprob) < 1e-5
+        assert [token for token, _ in ours.top] == [token for token, _ in theirs.top]
+        assert len(ours.top) == 3 and ours.top[0][1] >= ours.top[1][1] >= ours.top[2][1]
+    assert logprobs.token == sequence.tokens[-1] == logprobs.top[0][0] and len(logprobs.top) == 2
+
+
+def test_scoring_a_prompt_generates_nothing() -> None:
+    engine = engine_of(MODEL, limits(max_seq_len=20))
+    sequence = engine.add([1, 2, 3] * 6 + [4, 5], SamplingParams(max_tokens=0, prompt_logprobs=0))
+    assert finish(engine, sequence) == []
+    assert sequence.finish_reason is FinishReason.LENGTH
+    assert len(sequence.prompt_logprobs) == 19
+
+
+@KERNELS
+def test_numbers_that_are_not_finite_end_their_own_sequence_and_spare_the_next_in_its_slot(choices: dict) -> None:
+    weights = random_weights(TINY, seed=11)
+    weights["tok_embeddings.weight"][13] = float("inf")
+    model = model_of(TINY, weights)
+    engine = engine_of(model, limits(slots=2))
+    bad = engine.add([1, 2, 3, 4, 5, 6, 7, 13], SamplingParams(max_tokens=4))
+    good = engine.add([3, 2, 1], SamplingParams(max_tokens=8, temperature=0.0, logit_bias={13: -100.0}))
+    assert finish(engine, good) == alone(MODEL, [3, 2, 1], good.params)
+    assert bad.finish_reason is FinishReason.ERROR and "not finite at position" in bad.error
+    params = SamplingParams(max_tokens=8, temperature=0.0, logit_bias={13: -100.0})
+    # The second is longer, so what lies behind the first one's tokens in its slot is masked but still multiplied.
+    pair = [engine.add([8, 8, 8], params), engine.add([9] * 12, params)]
+    assert [finish(engine, sequence) for sequence in pair] == [
+        alone(MODEL, sequence.tokens[: sequence.prompt_length], params) for sequence in pair
+    ]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "message", "param"),
+    [
+        ([], {}, "the prompt is empty", "prompt"),
+        ([1] * 64, {}, "has 64 tokens; with max_seq_len 64 at most 63 fit", "prompt"),
+        ([1] * 65, {"max_tokens": 0}, "has 65 tokens; with max_seq_len 64 at most 64 fit", "prompt"),
+        ([1, 64], {}, "token id 64; ids are 0 to 63", "prompt"),
+        ([-1], {}, "token id -1; ids are 0 to 63", "prompt"),
+        ([1], {"logit_bias": {64: 1.0}}, "logit_bias has token id 64", "logit_bias"),
+        ([1], {"stop_ids": frozenset({70})}, "stop_ids has token id 70", "stop_ids"),
+    ],
+)
+def test_what_can_never_be_served_is_refused_at_once(prompt: list, params: dict, message: str, param: str) -> None:
+    engine = engine_of(MODEL)
+    with pytest.raises(RequestError, match=message) as caught:
+        engine.add(prompt, SamplingParams(**params))
+    assert (caught.value.param, caught.value.status) == (param, 400)
+    assert not engine.busy
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": -0.1}, "temperature is -0.1; it must be a finite number from 0 to 100"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": 10**400}, "temperature is 1000"),
+        ({"temperature": "hot"}, "temperature is 'hot'"),
+        ({"top_p": 0}, "top_p is 0; it must be a finite number above 0, at most 1"),
+        ({"top_k": -1}, "top_k is -1"),
+        ({"top_k": 1.5}, "top_k is 1.5"),
+        ({"min_p": 1.1}, "min_p is 1.1"),
+        ({"repetition_penalty": 0}, "repetition_penalty is 0"),
+        ({"presence_penalty": 2.1}, "presence_penalty is 2.1"),
+        ({"frequency_penalty": float("inf")}, "frequency_penalty is inf"),
+        ({"max_tokens": -1}, "max_tokens is -1"),
+        ({"max_tokens": True}, "max_tokens is True"),
+        ({"logprobs": 21}, "logprobs is 21; it must be a whole number, from 0 to 20"),
+        ({"logit_bias": {1: 101}}, r"logit_bias\[1\] is 101"),
+        ({"logit_bias": dict.fromkeys(range(301), 0.0)}, "logit_bias has 301 entries; at most 300"),
+        ({"seed": 2**63}, "seed is 9223372036854775808"),
+    ],
+)
+def test_options_out_of_range_are_refused_with_the_range(options: dict, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        SamplingParams(**options)

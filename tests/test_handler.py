@@ -1,0 +1,308 @@
+"""The handler under TorchServe's contract, on the demo model, with a frontend that is checked as strictly."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fake_frontend import FakeFrontend, Job
+
+import handler.llama_handler as llama_handler
+from checkpoint_converter import convert
+from engine.config import RequestError
+from handler.llama_handler import LlamaHandler
+
+MODEL = Path(__file__).resolve().parent.parent / "demo" / "model"
+SLOTS, WAITING = 4, 6
+FRANCE = {"dialog": [{"role": "user", "content": "What is the capital of France?"}], "mode": "chat", "temperature": 0}
+ANSWER = "The capital of France is Paris."
+LONG = {"prompt": "Once", "ignore_eos": True, "max_new_tokens": 100_000, "temperature": 0}
+
+
+def settings(checkpoint: Path, **changes: object) -> dict:
+    own = {
+        "converted_ckpt_dir": str(checkpoint),
+        "max_batch_size": SLOTS,
+        "max_waiting": WAITING,
+        "max_seq_len": 2048,
+        "lease_sec": 0.4,
+        "temperature": 0.0,
+        "mode": "chat",
+        **changes,
+    }
+    return {
+        "minWorkers": 1,
+        "maxWorkers": 1,
+        "batchSize": 64,
+        "maxBatchDelay": 1,
+        "continuousBatching": True,
+        "responseTimeout": 60,
+        "handler": own,
+    }
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return convert(MODEL, tmp_path_factory.mktemp("demo") / "dcp", progress=False)
+
+
+@pytest.fixture(scope="module")
+def shared(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeFrontend]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(llama_handler, "die_with_parent", lambda: None)
+        yield FakeFrontend(LlamaHandler(), settings(checkpoint), str(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture
+def frontend(shared: FakeFrontend) -> Iterator[FakeFrontend]:
+    yield shared
+    for job in list(shared.jobs.values()):
+        job.open = False
+    deadline = time.monotonic() + 10
+    while shared.jobs and time.monotonic() < deadline:
+        shared.round()
+    wait_until(lambda: free(shared) == SLOTS)
+    shared.run(shared.post({**FRANCE, "max_new_tokens": 1}))  # the call that forgets whoever is gone
+    assert not shared.handler._sessions
+
+
+def free(frontend: FakeFrontend) -> int:
+    return frontend.handler.engine.slots.free
+
+
+def wait_until(condition, seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come true"
+        time.sleep(0.01)
+
+
+def test_a_streamed_answer_comes_in_lines_and_ends_with_reason_and_usage(frontend: FakeFrontend) -> None:
+    job = frontend.post(FRANCE)
+    frontend.run(job)
+    assert job.status == 200 and len(job.lines) > 2
+    assert "".join(line.get("text", "") for line in job.lines) == ANSWER
+    assert job.lines[-1]["finish_reason"] == "stop"
+    assert job.lines[-1]["usage"]["completion_tokens"] == sum(len(line.get("ids", ())) for line in job.lines)
+
+
+def test_a_long_answer_comes_in_many_chunks(frontend: FakeFrontend) -> None:
+    job = frontend.post({**LONG, "max_new_tokens": 1000})
+    frontend.run(job)
+    assert len(job.chunks) > 10 and len(job.lines) > 500
+
+
+def test_an_answer_that_is_not_streamed_is_one_object(frontend: FakeFrontend) -> None:
+    job = frontend.post({**FRANCE, "stream": False})
+    frontend.run(job)
+    assert json.loads(job.text)["text"] == ANSWER
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("limit", [{"max_new_tokens": 1}, {"logit_bias": {"2": 100}}])
+def test_an_answer_of_one_token_is_complete_at_once(frontend: FakeFrontend, stream: bool, limit: dict) -> None:
+    job = frontend.post({**FRANCE, "stream": stream, **limit})
+    frontend.run(job)
+    assert job.status == 200 and job.done and job.lines[-1]["usage"]["completion_tokens"] == 1
+
+
+def test_many_requests_share_the_engine_and_each_gets_its_own_answer(frontend: FakeFrontend) -> None:
+    questions = {"Hello!": "Hello! How can I help you?", "What colour is grass?": "Grass is green."}
+    jobs = [
+        (frontend.post({**FRANCE, "dialog": [{"role": "user", "content": question}], "stream": bool(n % 2)}), answer)
+        for n in range(4)
+        for question, answer in questions.items()
+    ]
+    frontend.run()
+    for job, answer in jobs:
+        assert "".join(line.get("text", "") for line in job.lines) == answer
+
+
+def test_openai_chat_streams_events_up_to_done(frontend: FakeFrontend) -> None:
+    body = {"model": "llama", "messages": FRANCE["dialog"], "temperature": 0, "stream": True}
+    job = frontend.post(body, "v1/chat/completions")
+    frontend.run(job)
+    assert job.content_type.startswith("text/event-stream")
+    events = [line.removeprefix("data: ") for line in job.text.split("\n\n") if line]
+    assert events[-1] == "[DONE]"
+    deltas = [choice["delta"].get("content") or "" for e in events[:-1] for choice in json.loads(e)["choices"]]
+    assert "".join(deltas) == ANSWER
+
+
+def test_bad_requests_are_refused_with_their_own_status_and_spare_their_neighbours(frontend: FakeFrontend) -> None:
+    good = frontend.post(FRANCE)
+    frontend.round()
+    bad = [
+        (frontend.post(b'{"prompt": '), 400),
+        (frontend.post({"prompt": "x", "temperature": -1}), 400),
+        (frontend.post({"prompt": "word " * 3000}), 400),
+        (frontend.post({"prompt": "x"}, "v1/nothing"), 404),
+        (frontend.post({"model": "gpt-4", "messages": FRANCE["dialog"]}, "v1/chat/completions"), 404),
+    ]
+    frontend.run()
+    assert [job.status for job, _ in bad] == [status for _, status in bad]
+    for job, _ in bad:
+        assert set(json.loads(job.text)["error"]) == {"message", "type", "param", "code"}
+    assert "".join(line.get("text", "") for line in good.lines) == ANSWER
+
+
+def test_a_client_that_leaves_frees_its_slot_streaming_or_not(frontend: FakeFrontend) -> None:
+    for stream in (True, False):
+        other = frontend.post({**LONG, "stream": True})
+        job = frontend.post({**LONG, "stream": stream})
+        frontend.round()
+        wait_until(lambda: free(frontend) == SLOTS - 2)
+        job.open = False
+        began = time.monotonic()
+        while free(frontend) != SLOTS - 1:
+            frontend.round()
+            assert time.monotonic() - began < 1.0
+        other.open = False
+        while frontend.jobs:
+            frontend.round()
+
+
+def test_clients_that_leave_while_they_wait_leave_the_queue(frontend: FakeFrontend) -> None:
+    running = [frontend.post(LONG) for _ in range(SLOTS)]
+    waiting = [frontend.post(LONG) for _ in range(3)]
+    frontend.round()
+    for job in waiting:
+        job.open = False
+    began = time.monotonic()
+    while frontend.handler.engine.waiting or any(job.request_id in frontend.jobs for job in waiting):
+        frontend.round()
+        assert time.monotonic() - began < 1.5
+    assert all(job.request_id in frontend.jobs for job in running)
+
+
+def test_when_all_clients_leave_at_once_their_slots_are_free_soon_and_the_next_call_forgets_them(
+    frontend: FakeFrontend,
+) -> None:
+    for _ in range(SLOTS):
+        frontend.post(LONG)
+    frontend.round()
+    frontend.jobs.clear()  # the frontend calls no more
+    wait_until(lambda: free(frontend) == SLOTS, 2.0)
+    frontend.run(frontend.post(FRANCE))
+    assert not frontend.handler._sessions and free(frontend) == SLOTS
+
+
+def test_a_full_queue_answers_429_with_retry_after_and_loses_nobody(frontend: FakeFrontend) -> None:
+    long_enough = {**LONG, "max_new_tokens": 500, "stream": False}
+    jobs = [frontend.post(long_enough) for _ in range(3 * (SLOTS + WAITING))]
+    frontend.run()
+    refused = [job for job in jobs if job.status == 429]
+    assert len(refused) == len(jobs) - SLOTS - WAITING
+    assert all(job.reply_headers.get("Retry-After", job.reply_headers.get("retry-after")) for job in refused)
+    assert len({json.loads(job.text)["text"] for job in jobs if job.status == 200}) == 1
+
+
+def test_a_request_that_was_answered_is_not_answered_twice(frontend: FakeFrontend) -> None:
+    job = frontend.post({**FRANCE, "stream": False})
+    frontend.run(job)
+    count = len(job.chunks)
+    frontend.jobs[job.request_id] = job  # a frontend that lags one reply behind sends the id once more
+    frontend.round()
+    assert len(job.chunks) == count
+    frontend.jobs.clear()
+
+
+def test_several_choices_of_a_seed_differ_and_repeat(frontend: FakeFrontend) -> None:
+    body = {"model": "llama", "prompt": "Once", "n": 3, "seed": 5, "temperature": 3.0, "max_tokens": 12}
+    jobs = [frontend.post(body, "v1/completions") for _ in range(2)]
+    frontend.run()
+    texts = [[choice["text"] for choice in json.loads(job.text)["choices"]] for job in jobs]
+    assert texts[0] == texts[1] and len(set(texts[0])) == 3
+
+
+def test_what_finished_is_counted_and_timed(frontend: FakeFrontend) -> None:
+    frontend.metrics.told.clear()
+    frontend.run(frontend.post(FRANCE), frontend.post(b"{"))
+    told = {(name, *labels[1:]): value for name, value, labels in frontend.metrics.told}
+    assert told[("llama_requests_total", "ok")] == 1 and told[("llama_requests_total", "http_400")] == 1
+    assert told[("llama_generation_tokens_total",)] > 5
+    for name in ("time_to_first_token", "inter_token_latency", "e2e_latency", "prefill", "queue"):
+        assert told[(f"llama_{name}_seconds",)] >= 0
+
+
+def test_a_request_past_its_deadline_ends_with_an_error(checkpoint: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(llama_handler, "die_with_parent", lambda: None)
+    frontend = FakeFrontend(LlamaHandler(), settings(checkpoint, request_timeout_sec=0.6), str(tmp_path))
+    jobs = [frontend.post({**LONG, "stream": stream}) for stream in (True, False)]
+    frontend.run()
+    for job in jobs:
+        assert "request_timeout_sec" in job.lines[-1]["error"]["message"]
+    wait_until(lambda: free(frontend) == SLOTS)
+
+
+def test_a_setting_that_cannot_work_stops_the_start(checkpoint: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(llama_handler, "die_with_parent", lambda: None)
+    with pytest.raises(ValueError, match="temprature.*temperature"):
+        FakeFrontend(LlamaHandler(), settings(checkpoint, temprature=1), str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("row", "body"),
+    [
+        ({"body": bytearray(b"Hello!")}, b"Hello!"),
+        ({"data": bytearray(b"Hello!")}, b"Hello!"),
+        ({"prompt": b"12", "max_new_tokens": b"4"}, b'{"prompt": "12", "max_new_tokens": 4}'),
+        ({"prompt": b"a", "stop": b"b"}, b'{"prompt": "a", "stop": "b"}'),
+    ],
+)
+def test_a_body_is_found_also_where_the_frontend_took_it_for_a_form(row: dict, body: bytes) -> None:
+    assert llama_handler._body(row) == body
+
+
+@pytest.mark.parametrize("row", [{}, {'{"prompt": "a': b'1"}'}])
+def test_what_a_form_lost_is_told_with_what_to_send_instead(row: dict) -> None:
+    with pytest.raises(RequestError, match="-H 'Content-Type: application/json'"):
+        llama_handler._body(row)
+
+
+def test_an_answer_that_ends_just_after_it_was_looked_at_is_told_in_the_next_round(
+    frontend: FakeFrontend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    say = LlamaHandler._say
+
+    def slow(self: LlamaHandler, ctx, place, session, *rest) -> bool:
+        said = say(self, ctx, place, session, *rest)
+        if not session.done:  # as if the engine's thread came right behind
+            session.generation.renderer.whole = lambda choices, usage: b"the answer"
+            session._finish()
+        return said
+
+    monkeypatch.setattr(LlamaHandler, "_say", slow)
+    job = frontend.post({**LONG, "stream": False})
+    frontend.run(job, rounds=50)
+    assert job.text == "the answer"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_frontend_that_stalled_gets_every_answer_as_if_nothing_had_happened(
+    frontend: FakeFrontend, stream: bool
+) -> None:
+    # Greedy, as what is computed again in chunks differs in its last bits.
+    body = {**LONG, "max_new_tokens": 1500, "logprobs": 1, "n": 2, "stream": stream}
+    undisturbed = frontend.post(body)
+    frontend.run(undisturbed)
+    jobs = [frontend.post(body) for _ in range(2)]
+    for _ in range(3):
+        frontend.round()
+    late = frontend.post(body)  # it waits for a slot
+    frontend.round()
+    wait_until(lambda: free(frontend) == SLOTS, 3.0)
+    assert all(not job.done for job in (*jobs, late))
+    frontend.run(*jobs, late)
+
+    def by_choice(job: Job) -> dict[int, str]:
+        texts: dict[int, str] = {}
+        for line in job.lines if stream else job.lines[0]["choices"]:
+            texts[line.get("choice", 0)] = texts.get(line.get("choice", 0), "") + line.get("text", "")
+        return texts
+
+    for job in (*jobs, late):
+        assert by_choice(job) == by_choice(undisturbed)

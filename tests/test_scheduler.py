@@ -1,0 +1,105 @@
+"""The plan of each step, without a model."""
+
+from __future__ import annotations
+
+from engine.kv_cache import SlotPool
+from engine.scheduler import MAX_PROMPT_LOGIT_ROWS, Scheduler, Segment, StepPlan
+from engine.sequence import FinishReason, SamplingParams, Sequence
+
+
+def scheduler(slots: int = 3, budget: int = 8) -> Scheduler:
+    return Scheduler(SlotPool(slots), budget)
+
+
+def add(scheduler: Scheduler, length: int, **options) -> Sequence:
+    sequence = Sequence(list(range(length)), SamplingParams(**options))
+    sequence.limit = 1000
+    scheduler.add(sequence)
+    return sequence
+
+
+def step(scheduler: Scheduler) -> list[tuple[int, int, int, int]]:
+    """(slot, start, tokens, logits) of each segment; every sequence advances as if it had been computed."""
+    planned = scheduler.next()
+    if planned is None:
+        return []
+    plan, sequences = planned
+    for segment, sequence in zip(plan.segments, sequences, strict=True):
+        assert segment.slot == sequence.slot
+        sequence.computed += len(segment.tokens)
+        if not sequence.pending:
+            sequence.append(0)
+    return [(segment.slot, segment.start, len(segment.tokens), segment.logits) for segment in plan.segments]
+
+
+def test_a_prompt_goes_in_chunks_and_asks_for_logits_at_its_end() -> None:
+    s = scheduler(budget=8)
+    add(s, 20)
+    assert [step(s) for _ in range(4)] == [[(0, 0, 8, 0)], [(0, 8, 8, 0)], [(0, 16, 4, 1)], [(0, 20, 1, 1)]]
+
+
+def test_running_sequences_decode_in_every_step_beside_a_long_prompt() -> None:
+    s = scheduler(budget=8)
+    add(s, 2)
+    add(s, 3)
+    step(s)
+    add(s, 30)
+    for at in range(3):
+        assert step(s) == [(0, 2 + at, 1, 1), (1, 3 + at, 1, 1), (2, 6 * at, 6, 0)]
+
+
+def test_nobody_overtakes_while_slots_or_budget_are_short() -> None:
+    s = scheduler(slots=2, budget=8)
+    first, second, third = add(s, 6), add(s, 6), add(s, 1)
+    assert step(s) == [(0, 0, 6, 1), (1, 0, 2, 0)]
+    assert list(s.waiting) == [third]
+    assert step(s) == [(0, 6, 1, 1), (1, 2, 4, 1)]
+    first.finish_reason = FinishReason.STOP
+    assert step(s) == [(0, 0, 1, 1), (1, 6, 1, 1)]
+    assert s.running == [second, third]
+
+
+def test_nothing_to_do_is_no_plan() -> None:
+    s = scheduler()
+    assert s.next() is None
+    add(s, 3).finish_reason = FinishReason.CANCELLED
+    assert s.next() is None
+    assert not s.waiting
+
+
+def test_single_tokens_stand_in_front_by_slot() -> None:
+    s = scheduler(slots=4, budget=20)
+    sequences = [add(s, 2) for _ in range(4)]
+    step(s)
+    sequences[0].finish_reason = FinishReason.STOP
+    add(s, 5)
+    step(s)
+    sequences[2].finish_reason = FinishReason.STOP
+    add(s, 1)
+    assert step(s) == [(0, 5, 1, 1), (1, 3, 1, 1), (2, 0, 1, 1), (3, 3, 1, 1)]
+
+
+def test_rows_of_prompt_logits_in_one_step_are_bounded() -> None:
+    s = scheduler(slots=3, budget=4 * MAX_PROMPT_LOGIT_ROWS)
+    add(s, MAX_PROMPT_LOGIT_ROWS - 10, prompt_logprobs=0)
+    add(s, 50, prompt_logprobs=0)
+    rows = MAX_PROMPT_LOGIT_ROWS - 10
+    assert step(s) == [(0, 0, rows, rows), (1, 0, 10, 10)]
+    assert step(s) == [(0, rows, 1, 1), (1, 10, 40, 40)]
+
+
+def test_a_plan_travels_as_numbers() -> None:
+    plan = StepPlan((Segment(3, 7, (5,), 1), Segment(0, 0, (1, 2, 3), 0), Segment(2, 4, (9, 9), 2)), scrub=(1, 3))
+    numbers = plan.to_numbers()
+    assert StepPlan.from_numbers(numbers + [0] * 9) == plan
+
+
+def test_the_largest_plan_fits_its_buffer() -> None:
+    slots, budget = 3, 8
+    s = scheduler(slots, budget)
+    for _ in range(slots):
+        add(s, 30)
+    for slot in range(slots):
+        s.scrub(slot)
+    plan, _ = s.next()
+    assert len(plan.to_numbers()) <= StepPlan.most_numbers(slots, budget)
