@@ -31,7 +31,7 @@ $(VENV)/.installed: requirements.txt requirements-dev.txt
 
 .PHONY: test
 test: install  ## run all tests (TESTS=tests/test_x.py for some)
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup $(TESTS)
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup --max-worker-restart 0 $(TESTS)
 
 .PHONY: lint
 lint: install  ## check the code's style

@@ -13,7 +13,7 @@ import secrets
 import shutil
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -44,9 +44,8 @@ class HashedFile:
         self._written, self._ended = 0, False
         self._changed = threading.Condition()
         self._digests = {name: hashlib.new(name, usedforsecurity=False) for name in algorithms}
-        self._threads = ThreadPoolExecutor(len(algorithms))
-        self._hashing = [self._threads.submit(self._hash, digest) for digest in self._digests.values()]
         self.size = 0
+        self._hashing = [self._begin(digest) for digest in self._digests.values()]
 
     def write(self, data: Any) -> int:
         """Append bytes."""
@@ -104,7 +103,7 @@ class HashedFile:
             with self._changed:
                 self._written, self._ended = 0, True
                 self._changed.notify_all()
-            self._threads.shutdown()
+            wait(self._hashing)
             self._file.close()
 
     def _end(self) -> None:
@@ -126,6 +125,24 @@ class HashedFile:
             with self._changed:
                 self._written += count
                 self._changed.notify_all()
+
+    def _begin(self, digest: Any) -> Future[None]:
+        """Hash in a thread that the interpreter does not wait for at its end.
+
+        A signal may come when the thread already runs and nobody can close the file yet.
+        """
+        hashed: Future[None] = Future()
+
+        def follow() -> None:
+            try:
+                self._hash(digest)
+            except BaseException as error:
+                hashed.set_exception(error)
+            else:
+                hashed.set_result(None)
+
+        threading.Thread(target=follow, name="hash", daemon=True).start()
+        return hashed
 
     def _hash(self, digest: Any) -> None:
         """Follow the writer to the file's end, or until nothing of it is wanted any more."""

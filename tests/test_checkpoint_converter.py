@@ -355,12 +355,33 @@ def test_a_signal_ends_it_without_a_trace(meta, tmp_path, sent):
     command = [sys.executable, "-c", slow, str(meta), str(tmp_path / "out")]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 60
-        while not list(tmp_path.glob(".out.partial-*/*")) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        process.send_signal(sent)
-        _, err = process.communicate(timeout=60)
+        try:
+            while not list(tmp_path.glob(".out.partial-*/*")) and time.monotonic() < deadline:
+                time.sleep(0.02)
+            process.send_signal(sent)
+            _, err = process.communicate(timeout=60)
+        finally:
+            process.kill()  # else leaving the block waits for it without end
     assert process.returncode == 128 + sent
     assert err == f"checkpoint_converter.py: error: stopped by {sent.name}; nothing was changed\n"
+    assert only(tmp_path) == ["meta"]
+
+
+def test_a_signal_in_the_instant_when_a_file_was_begun_ends_it_too(meta, tmp_path):
+    begun = (
+        "import os, signal, sys, checkpoint_converter as c\n"
+        "from formats.output import HashedFile\n"
+        "init = HashedFile.__init__\n"
+        "def interrupted(self, *arguments):\n"
+        "    init(self, *arguments)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "HashedFile.__init__ = interrupted\n"
+        "sys.exit(c.main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", begun, str(meta), str(tmp_path / "out")]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 128 + signal.SIGTERM
+    assert ended.stderr == "checkpoint_converter.py: error: stopped by SIGTERM; nothing was changed\n"
     assert only(tmp_path) == ["meta"]
 
 

@@ -113,4 +113,4 @@ def test_long_conversations_are_trained(documents):
 
 def test_the_world_needs_neither_torch_nor_sentencepiece():
     check = "import sys; from demo import world; sys.exit(bool({'torch', 'sentencepiece'} & set(sys.modules)))"
-    subprocess.run([sys.executable, "-c", check], cwd=Path(__file__).parent.parent, check=True)
+    subprocess.run([sys.executable, "-c", check], cwd=Path(__file__).parent.parent, check=True, timeout=120)

@@ -94,7 +94,9 @@ def test_only_the_packages_that_a_file_needs_are_imported(kind, needed, paths):
         "load_tokenizer(sys.argv[1]).encode('a b', bos=True, eos=False); "
         "print(*(name for name in ('tiktoken', 'tokenizers', 'torch', 'transformers') if name in sys.modules))"
     )
-    done = subprocess.run([sys.executable, "-c", code, paths[kind]], cwd=PROJECT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, paths[kind]], cwd=PROJECT, capture_output=True, text=True, timeout=120
+    )
     assert (done.stdout.split(), done.stderr) == (needed, "")
 
 

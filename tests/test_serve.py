@@ -137,7 +137,9 @@ def test_every_module_of_the_archive_loads_from_the_archive_alone(tmp_path: Path
     assert manifest["model"]["configFile"] == "model-config.yaml"
     assert sum(path.stat().st_size for path in unpacked.rglob("*") if path.is_file()) < 2_000_000  # no weights
     environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(unpacked), "HOME": str(tmp_path)}
-    loaded = subprocess.run([sys.executable, "-c", LOAD], cwd=unpacked, env=environment, capture_output=True, text=True)
+    loaded = subprocess.run(
+        [sys.executable, "-c", LOAD], cwd=unpacked, env=environment, capture_output=True, text=True, timeout=120
+    )
     assert loaded.returncode == 0, loaded.stderr
     assert loaded.stdout.strip() == "['LlamaHandler']"
     folder = archive(config, tmp_path / "build", "no-archive")

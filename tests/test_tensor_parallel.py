@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from checkpoints import write_meta, write_tokenizer
@@ -79,9 +81,17 @@ def torchrun(job: dict, *nodes: list[str]) -> dict:
         outputs = [process.communicate(timeout=240)[0] for process in processes]
     finally:
         for process in processes:
-            process.kill()
+            end(process)
     assert all(process.returncode == 0 for process in processes), "\n".join(outputs)
     return torch.load(result)
+
+
+def end(process: subprocess.Popen) -> None:
+    """Kill a torchrun with its ranks, which would wait for one another without end."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
 
 
 def free_port() -> int:
