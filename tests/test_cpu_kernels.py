@@ -34,6 +34,8 @@ MODELS = {
         dim=256, n_layers=2, n_heads=4, n_kv_heads=1, vocab_size=300, multiple_of=32, tie_embeddings=True
     ),
 }
+# Every kind of CPU that the kernels are compiled for differently, as far as this one can play it.
+LACKING = {"all there is": (), "no bfloat16": ("avx512_bf16",), "AVX2 only": ("avx512_bf16", "avx512f")}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # What float32 activations and a cache in the model's own dtype leave; activations beside int4 have 8 bits.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -80,6 +82,20 @@ def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
+@pytest.fixture(params=LACKING)
+def cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU that has these instructions or lacks them."""
+    there = library._cpu_flags()
+    without = there.difference(LACKING[request.param])
+    if request.param != "all there is" and library._instructions(without) == library._instructions(there):
+        pytest.skip(f"this CPU has none of {', '.join(LACKING[request.param])}: the same as 'all there is'")
+    monkeypatch.setattr(library, "_cpu_flags", lambda: without)
+    library.load.cache_clear()
+    yield
+    library.load.cache_clear()
+
+
+@pytest.mark.usefixtures("cpu")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_step_gives_pytorchs_logits(name: str, dtype: torch.dtype) -> None:
@@ -89,6 +105,7 @@ def test_a_step_gives_pytorchs_logits(name: str, dtype: torch.dtype) -> None:
     assert difference(logits_of(runner, args), reference(args, weights)) <= TOLERANCE[dtype]
 
 
+@pytest.mark.usefixtures("cpu")
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("name", MODELS)
 def test_quantized_weights_give_the_logits_of_the_numbers_that_they_stand_for(name: str, scheme: str) -> None:
@@ -100,22 +117,26 @@ def test_quantized_weights_give_the_logits_of_the_numbers_that_they_stand_for(na
         kept = weight.dim() == 1 or (each.startswith("tok_embeddings") and not args.tie_embeddings)
         wanted = SCHEMES["int8"] if each.startswith(("output", "tok_embeddings")) else chosen
         rounded[each] = weight if kept or not wanted.fits(weight.shape[1]) else wanted.quantize(weight).dequantize()
-    # int8 keeps 13 and more bits of activations, int4 eight.
-    assert difference(logits_of(runner, args), reference(args, rounded)) <= (1e-3 if scheme == "int8" else 3e-2)
+    # What activations of eight bits leave, with a scale for every 128 or 32.
+    assert difference(logits_of(runner, args), reference(args, rounded)) <= 3e-2
 
 
-@pytest.mark.parametrize("scheme", ["none", *SCHEMES])
-def test_a_sequences_numbers_do_not_depend_on_company_or_threads(scheme: str) -> None:
+@pytest.mark.usefixtures("cpu")
+@pytest.mark.parametrize("scheme", [*DTYPES, *SCHEMES])
+def test_a_sequences_numbers_do_not_depend_on_company_or_threads(scheme: torch.dtype | str) -> None:
     args = MODELS["tied, one KV head, wide heads"]
-    tokens = tokens_of(args)
+    tokens = torch.randint(args.vocab_size, (20, 40), generator=torch.Generator().manual_seed(1)).tolist()
+    dtype, quantization = (torch.float32, scheme) if isinstance(scheme, str) else (scheme, "none")
+    sizes = Limits(LENGTH, len(tokens), 100, dtype, quantization, native=True)
     before = torch.get_num_threads()
     results = []
     try:
-        for company, threads in ((1, 1), (2, 1), (4, 1), (4, 2), (1, 3)):
+        # As many tokens as make every tile of linear.h, and more than one.
+        for company, threads in ((1, 1), (2, 1), (3, 1), (4, 2), (5, 1), (6, 1), (7, 1), (9, 2), (16, 1), (20, 3)):
             torch.set_num_threads(threads)
-            runner = CpuRunner(model_of(args, weights_of(args, torch.float32)), limits(quantization=scheme))
+            runner = CpuRunner(model_of(args, weights_of(args, dtype)), sizes)
             rows = [runner.run(StepPlan((Segment(0, 0, tuple(tokens[0][:30]), 1),)))[0].clone()]
-            for position in range(30, 40):
+            for position in range(30, 34):
                 own = Segment(0, position, (tokens[0][position],), 1)
                 others = [Segment(slot, position - 30, (tokens[slot][position],), 1) for slot in range(1, company)]
                 rows.append(runner.run(StepPlan((own, *others)))[0].clone())
@@ -130,6 +151,7 @@ def test_a_sequences_numbers_do_not_depend_on_company_or_threads(scheme: str) ->
 def test_packing_loses_nothing(dtype: torch.dtype, rows: int) -> None:
     weight = torch.randn(rows, 128, generator=torch.Generator().manual_seed(2)).to(dtype)
     assert torch.equal(unpack(pack(weight)), weight.float())
+    assert torch.equal(unpack(pack(weight[:, :77])), weight[:, :77].float())
     for scheme in SCHEMES.values():
         assert torch.equal(unpack(pack(weight, scheme)), scheme.quantize(weight).dequantize())
 

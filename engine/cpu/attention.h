@@ -1,7 +1,8 @@
 // Attention over the cache: single tokens one by one, chunks of prompts in blocks of queries and keys.
 //
 // The cache is [slot][kv head][position][width], keys already rotated. A token sees the positions up to its own, so
-// what lies behind them is never read.
+// what lies behind them is never read. Where the CPU multiplies pairs of bfloat16 and the cache has them, queries and
+// weights are rounded to bfloat16 as well.
 #pragma once
 
 #include <vector>
@@ -20,146 +21,180 @@ struct Cache {
     }
 };
 
-static inline __m256 load_eight(int32_t kind, const char* p) {
-    if (kind == FLOAT32) return _mm256_loadu_ps(reinterpret_cast<const float*>(p));
-    const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-    return kind == BFLOAT16 ? widen_bfloat16(v) : _mm256_cvtph_ps(v);
-}
+constexpr int64_t QUERIES = 16;     // tokens of a chunk that are looked at together
+constexpr int64_t KEYS = 64;        // positions of the cache that they meet at once
+constexpr int64_t MOST_HEADS = 64;  // query heads that share a key/value head
 
-static inline float load_one(int32_t kind, const char* p) {
-    if (kind == FLOAT32) {
-        float v;
-        std::memcpy(&v, p, 4);
-        return v;
+// A float, or where they are multiplied two by two a pair of bfloat16.
+using Word = uint32_t;
+
+#ifdef PAIRS
+template <int KIND>
+constexpr bool PAIRED = KIND == BFLOAT16;
+#else
+template <int KIND>
+constexpr bool PAIRED = false;
+#endif
+
+static inline int64_t sixteens(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
+
+// What one thread needs besides its stack.
+struct Scratch {
+    std::vector<float> scores, out, largest, sums;
+    std::vector<Word> queries, keys, values, weights;
+
+    void fit(int64_t positions, int64_t group, int64_t width) {
+        const int64_t rows = QUERIES * group, wide = (width + 2 * LANES - 1) / (2 * LANES) * 2 * LANES;
+        scores.resize(std::max(group * sixteens(positions), rows * KEYS));
+        queries.resize(rows * wide);
+        keys.resize(wide * KEYS);
+        values.resize(KEYS * wide);
+        weights.resize(rows * KEYS);
+        out.resize(rows * wide);
+        largest.resize(rows);
+        sums.resize(rows);
     }
-    uint16_t v;
-    std::memcpy(&v, p, 2);
-    if (kind == FLOAT16) return _cvtsh_ss(v);
-    const uint32_t wide = uint32_t(v) << 16;
-    float result;
-    std::memcpy(&result, &wide, 4);
-    return result;
-}
+};
 
-static inline uint16_t to_bfloat16(float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0;  // not a number
-    return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-static inline void store(int32_t kind, char* to, const float* from, int64_t count) {
-    if (kind == FLOAT32) {
-        std::memcpy(to, from, count * 4);
-        return;
-    }
-    uint16_t* out = reinterpret_cast<uint16_t*>(to);
-    for (int64_t i = 0; i < count; i++) out[i] = kind == BFLOAT16 ? to_bfloat16(from[i]) : _cvtss_sh(from[i], 0);
-}
-
-// e^x for x <= 0 and a little above: Cephes' polynomial, good to the last bits of a float.
-static inline __m256 exponential(__m256 x) {
-    // In this order of operands what is no number stays none.
-    x = _mm256_max_ps(_mm256_set1_ps(-87.3f), _mm256_min_ps(_mm256_set1_ps(88.0f), x));
-    const __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504088896341f)),
-                                     _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    x = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), x);
-    x = _mm256_fnmadd_ps(n, _mm256_set1_ps(-2.12194440e-4f), x);
-    __m256 y = _mm256_set1_ps(1.9875691500e-4f);
-    y = _mm256_fmadd_ps(y, x, _mm256_set1_ps(1.3981999507e-3f));
-    y = _mm256_fmadd_ps(y, x, _mm256_set1_ps(8.3334519073e-3f));
-    y = _mm256_fmadd_ps(y, x, _mm256_set1_ps(4.1665795894e-2f));
-    y = _mm256_fmadd_ps(y, x, _mm256_set1_ps(1.6666665459e-1f));
-    y = _mm256_fmadd_ps(y, x, _mm256_set1_ps(5.0000001201e-1f));
-    y = _mm256_fmadd_ps(y, _mm256_mul_ps(x, x), _mm256_add_ps(x, _mm256_set1_ps(1.0f)));
-    const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
-    return _mm256_mul_ps(y, _mm256_castsi256_ps(power));
-}
-
-// p[i] = e^(p[i] - largest) and their sum; `count` is rounded up to 8, and what lies behind it must be -infinity.
+// p[i] = e^(p[i] - largest) and their sum; `count` is a multiple of LANES, and what counts for nothing is -infinity.
 static inline float exponentials(float* p, int64_t count, float largest) {
-    const __m256 shift = _mm256_set1_ps(largest), none = _mm256_set1_ps(-INFINITY);
-    __m256 sum = _mm256_setzero_ps();
-    for (int64_t i = 0; i < count; i += 8) {
-        const __m256 x = _mm256_loadu_ps(p + i);
-        const __m256 e = _mm256_andnot_ps(_mm256_cmp_ps(x, none, _CMP_EQ_OQ), exponential(_mm256_sub_ps(x, shift)));
-        _mm256_storeu_ps(p + i, e);
-        sum = _mm256_add_ps(sum, e);
+    const Floats shift = all(largest);
+    Floats sum = zeros();
+    for (int64_t i = 0; i < count; i += LANES) {
+        const Floats x = load(p + i), e = unless_below(x, -INFINITY, exponential(x - shift));
+        store(p + i, e);
+        sum = sum + e;
     }
     return sum_of(sum);
 }
 
-constexpr int64_t QUERIES = 16;  // tokens of a chunk that are looked at together
-constexpr int64_t KEYS = 32;     // positions of the cache that they meet at once
-constexpr int64_t MOST_HEADS = 64;  // query heads that share a key/value head
+static inline float largest_among(const float* p, int64_t count) {
+    Floats most = load(p);
+    for (int64_t i = LANES; i < count; i += LANES) most = larger(most, load(p + i));
+    return largest_of(most);
+}
 
-// What one thread needs besides its stack.
-struct Scratch {
-    std::vector<float> scores, keys, values, out, largest, sums;
+// --- a single token ---
 
-    void fit(int64_t positions, int64_t group, int64_t width) {
-        scores.resize(std::max(group * (positions + 8), QUERIES * group * KEYS));
-        keys.resize(width * KEYS);
-        values.resize(KEYS * width);
-        out.resize(QUERIES * group * width);
-        largest.resize(QUERIES * group);
-        sums.resize(QUERIES * group);
+#ifdef WIDE
+// The sum of each of sixteen registers.
+static inline Floats sums_of(const Floats (&x)[LANES]) {
+    __m512 a[8], b[4], c[2];
+    UNROLL for (int i = 0; i < 8; i++)
+        a[i] = _mm512_add_ps(_mm512_unpacklo_ps(x[2 * i].v, x[2 * i + 1].v),
+                             _mm512_unpackhi_ps(x[2 * i].v, x[2 * i + 1].v));
+    UNROLL for (int i = 0; i < 4; i++) {
+        const __m512d low = _mm512_castps_pd(a[2 * i]), high = _mm512_castps_pd(a[2 * i + 1]);
+        b[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(low, high)),
+                             _mm512_castpd_ps(_mm512_unpackhi_pd(low, high)));
     }
-};
+    UNROLL for (int i = 0; i < 2; i++)
+        c[i] = _mm512_add_ps(_mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0x88),
+                             _mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0xdd));
+    return {_mm512_add_ps(_mm512_shuffle_f32x4(c[0], c[1], 0x88), _mm512_shuffle_f32x4(c[0], c[1], 0xdd))};
+}
+#else
+static inline Floats sums_of(const Floats (&x)[LANES]) {
+    float sums[LANES];
+    for (int i = 0; i < LANES; i++) sums[i] = sum_of(x[i]);
+    return load(sums);
+}
+#endif
 
-template <int32_t KIND>
+// scores[t] = q . key[t] for sixteen keys; `pairs` is q in bfloat16.
+template <int KIND>
+static inline Floats score_sixteen(const float* q, const Word* pairs, const char* const* key, int64_t width) {
+    constexpr int64_t SIZE = KIND == FLOAT32 ? 4 : 2;
+    Floats sums[LANES];
+    UNROLL for (int t = 0; t < LANES; t++) sums[t] = zeros();
+    int64_t h = 0;
+#ifdef PAIRS
+    if constexpr (PAIRED<KIND>)
+        for (; h + 2 * LANES <= width; h += 2 * LANES) {
+            const __m512i v = _mm512_loadu_si512(pairs + h / 2);
+            UNROLL for (int t = 0; t < LANES; t++)
+                sums[t].v = add_pairs(sums[t].v, _mm512_loadu_si512(key[t] + h * 2), v);
+        }
+#endif
+    for (; h + LANES <= width; h += LANES) {
+        const Floats v = load(q + h);
+        UNROLL for (int t = 0; t < LANES; t++) sums[t] = fused(load_as<KIND>(key[t] + h * SIZE), v, sums[t]);
+    }
+    Floats result = sums_of(sums);
+    if (h < width) {
+        float rest[LANES] = {};
+        for (int t = 0; t < LANES; t++)
+            for (int64_t i = h; i < width; i++) rest[t] += q[i] * load_one(KIND, key[t] + i * SIZE);
+        result = result + load(rest);
+    }
+    return result;
+}
+
+// out[g][0 .. 16 C) = the sum over t of p[g][t] values[t][0 .. 16 C), for G heads.
+template <int KIND, int G, int C>
+static void mix(const float* p, int64_t p_stride, const char* values, int64_t count, int64_t width, float* out) {
+    constexpr int64_t SIZE = KIND == FLOAT32 ? 4 : 2;
+    Floats sums[G][C];
+    UNROLL for (int g = 0; g < G; g++)
+        UNROLL for (int c = 0; c < C; c++) sums[g][c] = zeros();
+    for (int64_t t = 0; t < count; t++, values += width * SIZE) {
+        Floats v[C];
+        UNROLL for (int c = 0; c < C; c++) v[c] = load_as<KIND>(values + c * LANES * SIZE);
+        UNROLL for (int g = 0; g < G; g++) {
+            const Floats weight = all(p[g * p_stride + t]);
+            UNROLL for (int c = 0; c < C; c++) sums[g][c] = fused(v[c], weight, sums[g][c]);
+        }
+    }
+    UNROLL for (int g = 0; g < G; g++)
+        UNROLL for (int c = 0; c < C; c++) store(out + g * width + c * LANES, sums[g][c]);
+}
+
+template <int KIND, int G>
+static void mix_heads(const float* p, int64_t p_stride, const char* values, int64_t count, int64_t width, float* out) {
+    constexpr int64_t SIZE = KIND == FLOAT32 ? 4 : 2;
+    int64_t h = 0;
+    for (; h + 4 * LANES <= width; h += 4 * LANES)
+        mix<KIND, G, 4>(p, p_stride, values + h * SIZE, count, width, out + h);
+    for (; h + LANES <= width; h += LANES) mix<KIND, G, 1>(p, p_stride, values + h * SIZE, count, width, out + h);
+    for (; h < width; h++)
+        for (int g = 0; g < G; g++) {
+            float sum = 0.0f;
+            for (int64_t t = 0; t < count; t++)
+                sum += p[g * p_stride + t] * load_one(KIND, values + (t * width + h) * SIZE);
+            out[g * width + h] = sum;
+        }
+}
+
+template <int KIND>
 static void attend_single_of(const Cache& cache, int64_t slot, int64_t head, int64_t position, int64_t group,
                              const float* queries, float* out, Scratch& scratch) {
-    const int64_t width = cache.width, count = position + 1, padded = (count + 7) / 8 * 8;
-    const int64_t size = KIND == FLOAT32 ? 4 : 2;
+    const int64_t width = cache.width, count = position + 1, padded = sixteens(count), size = cache.size();
     const char* keys = cache.keys + cache.offset(slot, head, 0);
     const char* values = cache.values + cache.offset(slot, head, 0);
     const float scale = 1.0f / std::sqrt(float(width));
-    float* scores = scratch.scores.data();
-    for (int64_t t = 0; t < count; t++) {
-        const char* key = keys + t * width * size;
-        for (int64_t g = 0; g < group; g++) {
-            const float* q = queries + g * width;
-            __m256 sum0 = _mm256_setzero_ps(), sum1 = _mm256_setzero_ps();
-            int64_t h = 0;
-            for (; h + 16 <= width; h += 16) {
-                sum0 = _mm256_fmadd_ps(load_eight(KIND, key + h * size), _mm256_loadu_ps(q + h), sum0);
-                sum1 = _mm256_fmadd_ps(load_eight(KIND, key + (h + 8) * size), _mm256_loadu_ps(q + h + 8), sum1);
-            }
-            for (; h + 8 <= width; h += 8)
-                sum0 = _mm256_fmadd_ps(load_eight(KIND, key + h * size), _mm256_loadu_ps(q + h), sum0);
-            float sum = sum_of(_mm256_add_ps(sum0, sum1));
-            for (; h < width; h++) sum += load_one(KIND, key + h * size) * q[h];
-            scores[g * padded + t] = sum * scale;
-        }
+    float* const scores = scratch.scores.data();
+    Word* const pairs = scratch.queries.data();
+    const int64_t words = (width + 1) / 2;
+    if constexpr (PAIRED<KIND>)
+        for (int64_t g = 0; g < group; g++)
+            store_as(BFLOAT16, reinterpret_cast<char*>(pairs + g * words), queries + g * width, width);
+    for (int64_t t = 0; t < count; t += LANES) {
+        const char* key[LANES];  // the last one again where there are fewer
+        for (int i = 0; i < LANES; i++) key[i] = keys + std::min(t + i, position) * width * size;
+        for (int64_t g = 0; g < group; g++)
+            store(scores + g * padded + t,
+                  score_sixteen<KIND>(queries + g * width, pairs + g * words, key, width) * all(scale));
     }
     for (int64_t g = 0; g < group; g++) {
-        float* p = scores + g * padded;
+        float* const p = scores + g * padded;
         for (int64_t t = count; t < padded; t++) p[t] = -INFINITY;
-        float largest = p[0];
-        for (int64_t t = 1; t < count; t++) largest = std::max(largest, p[t]);
-        const float inverse = 1.0f / exponentials(p, padded, largest);
-        for (int64_t t = 0; t < count; t++) p[t] *= inverse;
+        const Floats inverse = all(1.0f / exponentials(p, padded, largest_among(p, padded)));
+        for (int64_t t = 0; t < padded; t += LANES) store(p + t, load(p + t) * inverse);
     }
-    std::memset(out, 0, group * width * sizeof(float));
-    int64_t h = 0;
-    for (; h + 8 <= width; h += 8)
-        for (int64_t g = 0; g < group; g++) {
-            const float* p = scores + g * padded;
-            const char* value = values + h * size;
-            __m256 sum0 = _mm256_setzero_ps(), sum1 = _mm256_setzero_ps();
-            int64_t t = 0;
-            for (; t + 2 <= count; t += 2, value += 2 * width * size) {
-                sum0 = _mm256_fmadd_ps(load_eight(KIND, value), _mm256_broadcast_ss(p + t), sum0);
-                sum1 = _mm256_fmadd_ps(load_eight(KIND, value + width * size), _mm256_broadcast_ss(p + t + 1), sum1);
-            }
-            if (t < count) sum0 = _mm256_fmadd_ps(load_eight(KIND, value), _mm256_broadcast_ss(p + t), sum0);
-            _mm256_storeu_ps(out + g * width + h, _mm256_add_ps(sum0, sum1));
-        }
-    for (; h < width; h++)
-        for (int64_t g = 0; g < group; g++)
-            for (int64_t t = 0; t < count; t++)
-                out[g * width + h] += scores[g * padded + t] * load_one(KIND, values + (t * width + h) * size);
+    int64_t g = 0;
+    for (; g + 4 <= group; g += 4)
+        mix_heads<KIND, 4>(scores + g * padded, padded, values, count, width, out + g * width);
+    for (; g < group; g++) mix_heads<KIND, 1>(scores + g * padded, padded, values, count, width, out + g * width);
 }
 
 // One token over its whole sequence, for the query heads that share a key/value head.
@@ -172,90 +207,217 @@ static void attend_single(const Cache& cache, int64_t slot, int64_t head, int64_
     }
 }
 
-// scores[row][t] = q[row] . keys[.][t] for ROWS rows and sixteen positions.
-template <int ROWS>
-static void score_tile(const float* const* q, const float* keys, int64_t width, float scale, float* scores) {
-    __m256 sums[ROWS][2];
-    for (int r = 0; r < ROWS; r++) sums[r][0] = sums[r][1] = _mm256_setzero_ps();
-    for (int64_t h = 0; h < width; h++) {
-        const __m256 low = _mm256_loadu_ps(keys + h * KEYS), high = _mm256_loadu_ps(keys + h * KEYS + 8);
-        for (int r = 0; r < ROWS; r++) {
-            const __m256 v = _mm256_broadcast_ss(q[r] + h);
-            sums[r][0] = _mm256_fmadd_ps(low, v, sums[r][0]);
-            sums[r][1] = _mm256_fmadd_ps(high, v, sums[r][1]);
-        }
-    }
-    const __m256 factor = _mm256_set1_ps(scale);
-    for (int r = 0; r < ROWS; r++)
-        for (int half = 0; half < 2; half++)
-            _mm256_storeu_ps(scores + r * KEYS + 8 * half, _mm256_mul_ps(sums[r][half], factor));
+// --- a chunk ---
+
+template <bool TWO>
+static inline Floats times(Floats column, const Word* word, Floats sum) {
+#ifdef PAIRS
+    if constexpr (TWO)
+        return {add_pairs(sum.v, _mm512_castps_si512(column.v), _mm512_set1_epi32(int(*word)))};
+#endif
+    float x;
+    std::memcpy(&x, word, 4);
+    return fused(column, all(x), sum);
 }
 
-// Tokens first .. first + count of a chunk at `position` on, for the query heads that share a key/value head. Their
-// queries and outputs lie `stride` and `out_stride` numbers apart; sums are rescaled as larger scores turn up.
-static void attend_block(const Cache& cache, int64_t slot, int64_t head, int64_t position, int64_t count,
-                         int64_t group, const float* queries, int64_t stride, float* out, int64_t out_stride,
-                         Scratch& scratch) {
-    const int64_t width = cache.width, rows = count * group, size = cache.size(), end = position + count;
-    const float scale = 1.0f / std::sqrt(float(width));
-    float* const sums = scratch.sums.data();
-    float* const largest = scratch.largest.data();
-    float* const total = scratch.out.data();
-    std::fill_n(sums, rows, 0.0f);
-    std::fill_n(largest, rows, -INFINITY);
-    std::fill_n(total, rows * width, 0.0f);
-    const float* q[QUERIES * MOST_HEADS];
-    for (int64_t r = 0; r < rows; r++) q[r] = queries + (r / group) * stride + (r % group) * width;
-    for (int64_t start = 0; start < end; start += KEYS) {
-        const int64_t here = std::min(KEYS, end - start);
-        const char* key = cache.keys + cache.offset(slot, head, start);
-        const char* value = cache.values + cache.offset(slot, head, start);
-        float* const k = scratch.keys.data();
-        float* const v = scratch.values.data();
-        for (int64_t t = 0; t < KEYS; t++)
-            for (int64_t h = 0; h < width; h++) {
-                k[h * KEYS + t] = t < here ? load_one(cache.kind, key + (t * width + h) * size) : 0.0f;
-                if (t < here) v[t * width + h] = load_one(cache.kind, value + (t * width + h) * size);
-            }
-        float* const scores = scratch.scores.data();
-        int64_t r = 0;
-        for (; r + 6 <= rows; r += 6)
-            for (int64_t t = 0; t < KEYS; t += 16) score_tile<6>(q + r, k + t, width, scale, scores + r * KEYS + t);
-        for (; r < rows; r++)
-            for (int64_t t = 0; t < KEYS; t += 16) score_tile<1>(q + r, k + t, width, scale, scores + r * KEYS + t);
-        for (r = 0; r < rows; r++) {
-            const int64_t seen = std::min(here, position + r / group + 1 - start);
-            if (seen <= 0) continue;
-            float* const p = scores + r * KEYS;
-            for (int64_t t = seen; t < KEYS; t++) p[t] = -INFINITY;
-            float most = largest[r];
-            for (int64_t t = 0; t < seen; t++) most = std::max(most, p[t]);
-            const float shrink = most > largest[r] ? std::exp(largest[r] - most) : 1.0f;
-            largest[r] = most;
-            sums[r] = sums[r] * shrink + exponentials(p, KEYS, most);
-            float* const o = total + r * width;
-            const __m256 factor = _mm256_set1_ps(shrink);
-            int64_t h = 0;
-            for (; h + 32 <= width; h += 32) {
-                __m256 part[4];
-                for (int i = 0; i < 4; i++) part[i] = _mm256_mul_ps(_mm256_loadu_ps(o + h + 8 * i), factor);
-                for (int64_t t = 0; t < seen; t++) {
-                    const __m256 weight = _mm256_broadcast_ss(p + t);
-                    for (int i = 0; i < 4; i++)
-                        part[i] = _mm256_fmadd_ps(_mm256_loadu_ps(v + t * width + h + 8 * i), weight, part[i]);
-                }
-                for (int i = 0; i < 4; i++) _mm256_storeu_ps(o + h + 8 * i, part[i]);
-            }
-            for (; h < width; h++) {
-                float part = o[h] * shrink;
-                for (int64_t t = 0; t < seen; t++) part += p[t] * v[t * width + h];
-                o[h] = part;
+// out[row][0 .. 16 C) (+)= left[row][k] right[k][0 .. 16 C) for R rows.
+template <bool TWO, int R, int C>
+static inline void product_tile(const Word* left, int64_t left_stride, const Word* right, int64_t right_stride,
+                                int64_t steps, float* out, int64_t out_stride, bool add) {
+    Floats sums[R][C];
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int c = 0; c < C; c++) sums[r][c] = add ? load(out + r * out_stride + c * LANES) : zeros();
+    for (int64_t k = 0; k < steps; k++) {
+        Floats column[C];
+        UNROLL for (int c = 0; c < C; c++)
+            column[c] = load(reinterpret_cast<const float*>(right + k * right_stride + c * LANES));
+        UNROLL for (int r = 0; r < R; r++)
+            UNROLL for (int c = 0; c < C; c++)
+                sums[r][c] = times<TWO>(column[c], left + r * left_stride + k, sums[r][c]);
+    }
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int c = 0; c < C; c++) store(out + r * out_stride + c * LANES, sums[r][c]);
+}
+
+template <bool TWO, int C>
+static inline void product_columns(const Word* left, int64_t left_stride, const Word* right, int64_t right_stride,
+                                   int64_t rows, int64_t steps, float* out, int64_t out_stride, bool add) {
+#ifdef WIDE
+    constexpr int R = 6;
+#else
+    constexpr int R = 2;
+#endif
+    int64_t r = 0;
+    for (; r + R <= rows; r += R)
+        product_tile<TWO, R, C>(left + r * left_stride, left_stride, right, right_stride, steps, out + r * out_stride,
+                                out_stride, add);
+    for (; r < rows; r++)
+        product_tile<TWO, 1, C>(left + r * left_stride, left_stride, right, right_stride, steps, out + r * out_stride,
+                                out_stride, add);
+}
+
+template <bool TWO>
+static void product(const Word* left, int64_t left_stride, const Word* right, int64_t right_stride, int64_t rows,
+                    int64_t steps, int64_t columns, float* out, int64_t out_stride, bool add) {
+#ifdef WIDE
+    constexpr int C = 4;
+#else
+    constexpr int C = 2;
+#endif
+    int64_t c = 0;
+    for (; c + C * LANES <= columns; c += C * LANES)
+        product_columns<TWO, C>(left, left_stride, right + c, right_stride, rows, steps, out + c, out_stride, add);
+    for (; c < columns; c += LANES)
+        product_columns<TWO, 1>(left, left_stride, right + c, right_stride, rows, steps, out + c, out_stride, add);
+}
+
+static inline Word word_of(float x) {
+    Word word;
+    std::memcpy(&word, &x, 4);
+    return word;
+}
+
+#ifdef PAIRS
+// Sixteen pairs side by side of two rows of sixteen.
+static inline void pair_words(Word* to, Floats x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x.v)));
+}
+
+// to[i][t] = from[t][i]: sixteen words of each of sixteen rows.
+static inline void turn(Word* to, int64_t to_stride, const __m512i (&from)[LANES]) {
+    __m512i a[LANES], b[LANES];
+    UNROLL for (int i = 0; i < LANES; i += 2) {
+        a[i] = _mm512_unpacklo_epi32(from[i], from[i + 1]);
+        a[i + 1] = _mm512_unpackhi_epi32(from[i], from[i + 1]);
+    }
+    UNROLL for (int i = 0; i < LANES; i += 4) {
+        b[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
+        b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
+        b[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
+        b[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
+    }
+    UNROLL for (int i = 0; i < 4; i++) {
+        const __m512i low0 = _mm512_shuffle_i32x4(b[i], b[i + 4], 0x44), high0 = _mm512_shuffle_i32x4(b[i], b[i + 4], 0xee);
+        const __m512i low1 = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0x44);
+        const __m512i high1 = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0xee);
+        _mm512_storeu_si512(to + i * to_stride, _mm512_shuffle_i32x4(low0, low1, 0x88));
+        _mm512_storeu_si512(to + (i + 4) * to_stride, _mm512_shuffle_i32x4(low0, low1, 0xdd));
+        _mm512_storeu_si512(to + (i + 8) * to_stride, _mm512_shuffle_i32x4(high0, high1, 0x88));
+        _mm512_storeu_si512(to + (i + 12) * to_stride, _mm512_shuffle_i32x4(high0, high1, 0xdd));
+    }
+}
+#endif
+
+// A block of keys and values as words: keys[step][KEYS], values[step][wide]; zeros where there is nothing.
+template <int KIND>
+static void gather_block(const char* key, const char* value, int64_t here, int64_t width, int64_t wide, Word* keys,
+                         Word* values) {
+    constexpr int64_t SIZE = KIND == FLOAT32 ? 4 : 2;
+#ifdef PAIRS
+    if constexpr (PAIRED<KIND>) {
+        for (int64_t h = 0; h < width; h += 2 * LANES) {
+            const __mmask32 there = width - h >= 2 * LANES ? ~__mmask32(0) : (__mmask32(1) << (width - h)) - 1;
+            for (int64_t t = 0; t < KEYS; t += LANES) {
+                __m512i rows[LANES];
+                UNROLL for (int i = 0; i < LANES; i++)
+                    rows[i] = _mm512_maskz_loadu_epi16(t + i < here ? there : 0, key + ((t + i) * width + h) * 2);
+                turn(keys + h / 2 * KEYS + t, KEYS, rows);
             }
         }
+        for (int64_t h = 0; h < wide; h += LANES) {
+            const int64_t left = std::clamp<int64_t>(width - h, 0, LANES);
+            const __mmask16 there = __mmask16((1u << left) - 1);
+            for (int64_t t = 0; t < KEYS; t += 2) {
+                const __m256i even = _mm256_maskz_loadu_epi16(t < here ? there : 0, value + (t * width + h) * 2);
+                const __m256i odd = _mm256_maskz_loadu_epi16(t + 1 < here ? there : 0, value + ((t + 1) * width + h) * 2);
+                const __m512i low = _mm512_cvtepu16_epi32(even), high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16);
+                _mm512_storeu_si512(values + t / 2 * wide + h, _mm512_or_si512(low, high));
+            }
+        }
+        return;
+    }
+#endif
+    for (int64_t t = 0; t < KEYS; t++) {
+        for (int64_t h = 0; h < width; h++)
+            keys[h * KEYS + t] = t < here ? word_of(load_one(KIND, key + (t * width + h) * SIZE)) : 0;
+        for (int64_t h = 0; h < wide; h++)
+            values[t * wide + h] =
+                t < here && h < width ? word_of(load_one(KIND, value + (t * width + h) * SIZE)) : 0;
+    }
+}
+
+// Tokens of a chunk at `position` on, for the query heads that share a key/value head. Their queries and outputs lie
+// `stride` and `out_stride` numbers apart; sums are rescaled as larger scores turn up.
+template <int KIND>
+static void attend_block_of(const Cache& cache, int64_t slot, int64_t head, int64_t position, int64_t count,
+                            int64_t group, const float* queries, int64_t stride, float* out, int64_t out_stride,
+                            Scratch& scratch) {
+    constexpr bool TWO = PAIRED<KIND>;
+    constexpr int64_t EACH = TWO ? 2 : 1;  // numbers in a word
+    const int64_t width = cache.width, rows = count * group, end = position + count;
+    const int64_t wide = (width + 2 * LANES - 1) / (2 * LANES) * 2 * LANES, steps = TWO ? wide / 2 : width;
+    float* const sums = scratch.sums.data();
+    float* const largest = scratch.largest.data();
+    float* const result = scratch.out.data();
+    float* const scores = scratch.scores.data();
+    Word* const q = scratch.queries.data();
+    Word* const weights = scratch.weights.data();
+    std::fill_n(sums, rows, 0.0f);
+    std::fill_n(largest, rows, -INFINITY);
+    std::fill_n(result, rows * wide, 0.0f);
+    std::fill_n(q, rows * steps, 0);
+    const float scale = 1.0f / std::sqrt(float(width));
+    for (int64_t r = 0; r < rows; r++) {
+        const float* from = queries + (r / group) * stride + (r % group) * width;
+        store_as(TWO ? BFLOAT16 : FLOAT32, reinterpret_cast<char*>(q + r * steps), from, width);
+    }
+    for (int64_t start = 0; start < end; start += KEYS) {
+        const int64_t here = std::min(KEYS, end - start), place = cache.offset(slot, head, start);
+        gather_block<KIND>(cache.keys + place, cache.values + place, here, width, wide, scratch.keys.data(),
+                           scratch.values.data());
+        const int64_t first = std::max<int64_t>(0, (start - position) * group);  // rows before it see nothing here
+        product<TWO>(q + first * steps, steps, scratch.keys.data(), KEYS, rows - first, steps, KEYS,
+                     scores + first * KEYS, KEYS, false);
+        for (int64_t r = first; r < rows; r++) {
+            const int64_t seen = std::min(here, position + r / group + 1 - start);
+            float* const p = scores + r * KEYS;
+            for (int64_t t = 0; t < KEYS; t += LANES) store(p + t, load(p + t) * all(scale));
+            for (int64_t t = seen; t < KEYS; t++) p[t] = -INFINITY;
+            const float most = std::max(largest[r], largest_among(p, KEYS));
+            const float shrink = std::exp(largest[r] - most);
+            largest[r] = most;
+            sums[r] = sums[r] * shrink + exponentials(p, KEYS, most);
+            if (shrink != 1.0f)
+                for (int64_t h = 0; h < wide; h += LANES)
+                    store(result + r * wide + h, load(result + r * wide + h) * all(shrink));
+#ifdef PAIRS
+            if constexpr (TWO)
+                for (int64_t t = 0; t < KEYS; t += LANES) pair_words(weights + r * (KEYS / 2) + t / 2, load(p + t));
+#endif
+            if constexpr (!TWO) std::memcpy(weights + r * KEYS, p, KEYS * 4);
+        }
+        product<TWO>(weights + first * (KEYS / EACH), KEYS / EACH, scratch.values.data(), wide, rows - first,
+                     (here + EACH - 1) / EACH, wide, result + first * wide, wide, true);
     }
     for (int64_t r = 0; r < rows; r++) {
         const float inverse = 1.0f / sums[r];
         float* const o = out + (r / group) * out_stride + (r % group) * width;
-        for (int64_t h = 0; h < width; h++) o[h] = total[r * width + h] * inverse;
+        for (int64_t h = 0; h < width; h++) o[h] = result[r * wide + h] * inverse;
+    }
+}
+
+static void attend_block(const Cache& cache, int64_t slot, int64_t head, int64_t position, int64_t count,
+                         int64_t group, const float* queries, int64_t stride, float* out, int64_t out_stride,
+                         Scratch& scratch) {
+    switch (cache.kind) {
+        case FLOAT32:
+            return attend_block_of<FLOAT32>(cache, slot, head, position, count, group, queries, stride, out, out_stride,
+                                            scratch);
+        case BFLOAT16:
+            return attend_block_of<BFLOAT16>(cache, slot, head, position, count, group, queries, stride, out,
+                                             out_stride, scratch);
+        default:
+            return attend_block_of<FLOAT16>(cache, slot, head, position, count, group, queries, stride, out, out_stride,
+                                            scratch);
     }
 }

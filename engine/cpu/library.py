@@ -14,11 +14,14 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-SOURCES = ("model.cpp", "sampling.h", "attention.h", "linear.h", "threads.h")
+SOURCES = ("model.cpp", "sampling.h", "attention.h", "linear.h", "vector.h", "threads.h")
 # Sums must not depend on how a loop was compiled, so the compiler may not fuse multiplications and additions by itself.
-FLAGS = ("-O3", "-std=c++20", "-ffp-contract=off", "-shared", "-fPIC", "-pthread", "-mavx2", "-mfma", "-mf16c")
+FLAGS = ("-O3", "-std=c++20", "-ffp-contract=off", "-shared", "-fPIC", "-pthread")
 COMPILERS = ("c++", "g++", "clang++")
-NEEDED = {"avx2", "fma", "f16c"}
+NEEDED = ("avx2", "fma", "f16c")
+# What vector.h calls WIDE and PAIRS, as /proc/cpuinfo spells it.
+WIDE = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni")
+PAIRS = "avx512_bf16"
 MOST_HEADS_PER_KEY = 64  # query heads that share a key/value head, as attention.h has room for
 
 
@@ -29,16 +32,18 @@ class NoKernels(RuntimeError):
 @functools.cache
 def load() -> ctypes.CDLL:
     """The compiled kernels, or `NoKernels`."""
-    missing = NEEDED - _cpu_flags()
+    there = _cpu_flags()
+    missing = set(NEEDED) - there
     if missing:
         raise NoKernels(f"this CPU has no {', '.join(sorted(missing))}")
     folder = Path(__file__).parent
-    digest = hashlib.sha256(" ".join(FLAGS).encode())
+    flags = FLAGS + _instructions(there)
+    digest = hashlib.sha256(" ".join(flags).encode())
     for name in SOURCES:
         digest.update((folder / name).read_bytes())
     cached = _cache_folder() / f"kernels-{digest.hexdigest()[:16]}.so"
     if not cached.is_file():
-        _compile(folder / SOURCES[0], cached)
+        _compile(folder / SOURCES[0], cached, flags)
     try:
         library = ctypes.CDLL(str(cached))
     except OSError as error:
@@ -52,6 +57,14 @@ def load() -> ctypes.CDLL:
     library.model_delete.restype = None
     library.model_delete.argtypes = (ctypes.c_void_p,)
     return library
+
+
+def _instructions(there: set[str]) -> tuple[str, ...]:
+    """The compiler's flags for as much as this CPU has of what the kernels can use."""
+    names = list(NEEDED)
+    if there.issuperset(WIDE):
+        names += [*WIDE, PAIRS] if PAIRS in there else WIDE
+    return tuple("-m" + name.replace("_", "") for name in names)
 
 
 def _cpu_flags() -> set[str]:
@@ -75,12 +88,12 @@ def _cache_folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="llama-on-torchserve-"))
 
 
-def _compile(source: Path, target: Path) -> None:
+def _compile(source: Path, target: Path, flags: tuple[str, ...]) -> None:
     compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
         raise NoKernels(f"no C++ compiler ({', '.join(COMPILERS)}) is installed")
     partial = target.with_suffix(f".{os.getpid()}")
-    command = [compiler, *FLAGS, str(source), "-o", str(partial)]
+    command = [compiler, *flags, str(source), "-o", str(partial)]
     log.info("compiling %s", source.name)
     try:
         ended = subprocess.run(command, capture_output=True, text=True, timeout=300)

@@ -1,30 +1,31 @@
 // Products of activations with packed weights: y = x W^T for a range of panels.
 //
-// A panel holds PANEL rows of a weight matrix, column by column, so that one instruction works on eight rows and an
+// A panel holds PANEL rows of a weight matrix, column by column, so that one instruction works on its rows and an
 // activation is broadcast to them. Every output is summed over the columns in one fixed order, whatever the number of
 // tokens: a sequence's numbers do not depend on who shares its step.
 //
 //   float32, float16   [panel][column][16]
-//   bfloat16           [panel][column][8][2]: rows r and r + 8 side by side, so that a shift and a mask widen them
-//   int8               [panel][column / 2][16][2], one scale per row; activations are 16 bits wide
-//   int4               [panel][column / 32][4][2][8][4]: bytes of two columns that are four apart, unsigned with an
-//                      offset of 8; scales [panel][column / group][16] in float16; activations are 8 bits wide
+//   bfloat16           [panel][column / 2][16][2]; where the CPU multiplies pairs, activations are bfloat16 too
+//   int8               [panel][column / 4][16][4], unsigned with an offset of 128, one scale per row; activations are
+//                      8 bits wide with a scale for every 128
+//   int4               [panel][column / 8][16][4]: bytes of two columns that are four apart, unsigned with an offset of
+//                      8; scales [panel][column / group][16] in float16; activations have a scale for every 32
 #pragma once
 
-#include <immintrin.h>
+#include "vector.h"
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
+constexpr int64_t PANEL = LANES;
+constexpr int64_t BLOCK = 32;   // columns that share one activation scale beside int4 weights
+constexpr int64_t ROUND = 128;  // the same beside int8, and what activations are filled up to with zeros
+constexpr int64_t CHUNK = 4;    // panels that a thread takes at once
+constexpr int64_t AHEAD = 2048;  // bytes of a panel that are asked for before they are needed
 
-enum Kind : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, INT8 = 3, INT4 = 4 };
+constexpr int64_t block_of(int kind) { return kind == INT4 ? BLOCK : ROUND; }
 
-#define UNROLL _Pragma("GCC unroll 16")
+static int64_t padded(int64_t count) { return (count + ROUND - 1) / ROUND * ROUND; }
 
-constexpr int64_t PANEL = 16;
-constexpr int64_t BLOCK = 32;  // columns that share one activation scale beside int4 weights
-constexpr int64_t CHUNK = 4;   // panels that a thread takes at once
+// How far apart tokens lie: not a power of two, for then they would all compete for the same few lines of the cache.
+static int64_t stride_of(int64_t count) { return padded(count) + ROUND; }
 
 struct Matrix {
     int32_t kind;
@@ -38,276 +39,358 @@ struct Matrix {
     int64_t panel_bytes() const {
         switch (kind) {
             case FLOAT32: return PANEL * columns * 4;
-            case INT8: return PANEL * columns;
-            case INT4: return PANEL * columns / 2;
-            default: return PANEL * columns * 2;
+            case FLOAT16: return PANEL * columns * 2;
+            case BFLOAT16: return PANEL * ((columns + 1) / 2 * 2) * 2;
+            case INT8: return PANEL * ((columns + 3) / 4 * 4);
+            default: return PANEL * columns / 2;
         }
     }
 };
 
 // The tokens of a step, in whatever form the next matrix wants them.
 struct Activations {
-    float* values;      // [token][stride]
-    int16_t* wide;      // [token][stride], for int8 weights
-    int8_t* narrow;     // [token][stride], for int4 weights
-    float* scales;      // [token] for int8, [token][stride / BLOCK] for int4
-    int32_t* offsets;   // [token][stride / BLOCK]: eight times the sum of a block, for int4's unsigned weights
+    float* values;     // [token][stride]
+    uint16_t* pairs;   // [token][stride], for bfloat16 weights
+    int8_t* narrow;    // [token][stride], for weights of whole numbers
+    float* scales;     // [token][stride / block]
+    int32_t* offsets;  // [token][stride / block]: what the weights' offset adds to a block's sum, to be taken away
     int64_t stride;
 };
 
-static inline __m256 widen_bfloat16(__m128i v) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16));
+// --- weights of whole numbers: four columns of sixteen rows, and their products with four activations ---
+
+#ifdef WIDE
+
+struct Bytes {
+    __m512i v;
+};
+template <int KIND>
+struct Dots {
+    __m512i v;
+};
+template <int KIND>
+constexpr int32_t OFFSET = KIND == INT4 ? 8 : 128;
+
+static inline Bytes load_bytes(const char* p) { return {_mm512_loadu_si512(p)}; }
+static inline Bytes low_halves(Bytes x) { return {_mm512_and_si512(x.v, _mm512_set1_epi8(15))}; }
+static inline Bytes high_halves(Bytes x) {
+    return {_mm512_and_si512(_mm512_srli_epi16(x.v, 4), _mm512_set1_epi8(15))};
+}
+template <int KIND>
+static inline Dots<KIND> begin(int32_t offset) {
+    return {_mm512_set1_epi32(-offset)};
+}
+template <int KIND>
+static inline Dots<KIND> dot(Dots<KIND> sums, Bytes w, int32_t four) {
+    return {add_bytes(sums.v, w.v, _mm512_set1_epi32(four))};
+}
+template <int KIND>
+static inline Floats total(Dots<KIND> sums, int32_t) {
+    return {_mm512_cvtepi32_ps(sums.v)};
 }
 
-static inline float sum_of(__m256 v) {
-    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
-}
+#else
 
-static inline float largest_of(__m256 v) {
-    __m128 s = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    s = _mm_max_ps(s, _mm_movehl_ps(s, s));
-    return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
-}
-
-// --- activations ---
-
-static inline float largest_magnitude(const float* x, int64_t count) {
-    const __m256 sign = _mm256_set1_ps(-0.0f);
-    __m256 most = _mm256_setzero_ps();
-    int64_t i = 0;
-    for (; i + 8 <= count; i += 8) most = _mm256_max_ps(_mm256_andnot_ps(sign, _mm256_loadu_ps(x + i)), most);
-    float result = largest_of(most);
-    for (; i < count; i++) result = std::max(result, std::fabs(x[i]));
-    return result;
-}
-
-// As wide as a sum of `columns` products with int8 fits 32 bits: 13 bits for 2048 columns, 11 for 11008.
-static inline void widen_activations(const Activations& a, int64_t token, int64_t columns) {
-    const float* x = a.values + token * a.stride;
-    int16_t* q = a.wide + token * a.stride;
-    const float most = float(std::min<int64_t>(32767, 2147483647 / (127 * columns)));
-    const float magnitude = largest_magnitude(x, columns);
-    const float inverse = magnitude > 0 ? most / magnitude : 0.0f;
-    const __m256 factor = _mm256_set1_ps(inverse);
-    a.scales[token] = magnitude / most;
-    int64_t i = 0;
-    for (; i + 8 <= columns; i += 8) {
-        const __m256i v = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + i), factor));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(q + i),
-                         _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1)));
-    }
-    for (; i < columns; i++) q[i] = int16_t(std::nearbyint(x[i] * inverse));
-}
-
-static inline void narrow_activations(const Activations& a, int64_t token, int64_t columns) {
-    const float* x = a.values + token * a.stride;
-    int8_t* q = a.narrow + token * a.stride;
-    float* scales = a.scales + token * (a.stride / BLOCK);
-    int32_t* offsets = a.offsets + token * (a.stride / BLOCK);
-    for (int64_t b = 0; b < columns / BLOCK; b++, x += BLOCK, q += BLOCK) {
-        const float magnitude = largest_magnitude(x, BLOCK);
-        const __m256 factor = _mm256_set1_ps(magnitude > 0 ? 127.0f / magnitude : 0.0f);
-        __m256i v[4], sum = _mm256_setzero_si256();
-        UNROLL for (int i = 0; i < 4; i++) {
-            v[i] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + 8 * i), factor));
-            sum = _mm256_add_epi32(sum, v[i]);
-        }
-        __m256i packed = _mm256_packs_epi16(_mm256_packs_epi32(v[0], v[1]), _mm256_packs_epi32(v[2], v[3]));
-        packed = _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(q), packed);
-        __m128i s = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
-        s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
-        s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1));
-        offsets[b] = 8 * _mm_cvtsi128_si32(s);
-        scales[b] = magnitude / 127.0f;
-    }
-}
-
-// Bring a token into the form that the matrix wants; floats are used as they are.
-static inline void prepare(const Activations& a, int64_t token, const Matrix& w) {
-    if (w.kind == INT8) widen_activations(a, token, w.columns);
-    if (w.kind == INT4) narrow_activations(a, token, w.columns);
-}
-
-// --- products: M tokens, P panels ---
+struct Bytes {
+    __m256i low, high;
+};
+// Beside int8 the sums are 32 bits wide; beside int4 sixteen, where a block's eight products of at most 15 * 127 * 2 fit.
+template <int KIND>
+struct Dots {
+    __m256i low, high;
+};
+template <int KIND>
+constexpr int32_t OFFSET = KIND == INT4 ? 8 : 0;
 
 // Written as instructions, because GCC moves additions of whole numbers behind all products and runs out of registers.
 static inline void add32(__m256i& sum, __m256i v) { asm("vpaddd %1, %0, %0" : "+x"(sum) : "x"(v)); }
 static inline void add16(__m256i& sum, __m256i v) { asm("vpaddw %1, %0, %0" : "+x"(sum) : "x"(v)); }
 
-static inline void put(float* y, __m256 v, bool add) {
-    _mm256_storeu_ps(y, add ? _mm256_add_ps(_mm256_loadu_ps(y), v) : v);
+static inline Bytes load_bytes(const char* p) {
+    const __m256i* v = reinterpret_cast<const __m256i*>(p);
+    return {_mm256_loadu_si256(v), _mm256_loadu_si256(v + 1)};
+}
+static inline Bytes low_halves(Bytes x) {
+    const __m256i mask = _mm256_set1_epi8(15);
+    return {_mm256_and_si256(x.low, mask), _mm256_and_si256(x.high, mask)};
+}
+static inline Bytes high_halves(Bytes x) {
+    const __m256i mask = _mm256_set1_epi8(15);
+    return {_mm256_and_si256(_mm256_srli_epi16(x.low, 4), mask), _mm256_and_si256(_mm256_srli_epi16(x.high, 4), mask)};
+}
+template <int KIND>
+static inline Dots<KIND> begin(int32_t) {
+    return {_mm256_setzero_si256(), _mm256_setzero_si256()};
+}
+// Bytes have no signed product: the sign of the weight goes to the activation.
+static inline __m256i signed_products(__m256i w, __m256i x) {
+    w = _mm256_xor_si256(w, _mm256_set1_epi8(-128));
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
+    return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+}
+template <int KIND>
+static inline Dots<KIND> dot(Dots<KIND> sums, Bytes w, int32_t four) {
+    const __m256i x = _mm256_set1_epi32(four);
+    if constexpr (KIND == INT4) {
+        add16(sums.low, _mm256_maddubs_epi16(w.low, x));
+        add16(sums.high, _mm256_maddubs_epi16(w.high, x));
+    } else {
+        add32(sums.low, signed_products(w.low, x));
+        add32(sums.high, signed_products(w.high, x));
+    }
+    return sums;
+}
+template <int KIND>
+static inline Floats total(Dots<KIND> sums, int32_t offset) {
+    if constexpr (KIND == INT4) {
+        const __m256i ones = _mm256_set1_epi16(1), less = _mm256_set1_epi32(offset);
+        sums.low = _mm256_sub_epi32(_mm256_madd_epi16(sums.low, ones), less);
+        sums.high = _mm256_sub_epi32(_mm256_madd_epi16(sums.high, ones), less);
+    }
+    return {_mm256_cvtepi32_ps(sums.low), _mm256_cvtepi32_ps(sums.high)};
+}
+
+#endif
+
+// --- activations ---
+
+static inline void narrow_sixteen(int8_t* to, Floats x, __m256i& sums) {
+    __m256 low, high;
+    halves(x, low, high);
+    const __m256i a = _mm256_cvtps_epi32(low), b = _mm256_cvtps_epi32(high);
+    sums = _mm256_add_epi32(sums, _mm256_add_epi32(a, b));
+    const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                     _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
 }
 
 template <int KIND>
-static inline void load_column(const char* w, __m256& low, __m256& high) {
-    if constexpr (KIND == FLOAT32) {
-        low = _mm256_loadu_ps(reinterpret_cast<const float*>(w));
-        high = _mm256_loadu_ps(reinterpret_cast<const float*>(w) + 8);
-    } else if constexpr (KIND == BFLOAT16) {
-        const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
-        low = _mm256_castsi256_ps(_mm256_slli_epi32(v, 16));
-        high = _mm256_castsi256_ps(_mm256_and_si256(v, _mm256_set1_epi32(int(0xffff0000))));
-    } else {
-        low = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w)));
-        high = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w) + 1));
+static void narrow_activations(const Activations& a, int64_t token, int64_t columns) {
+    constexpr int64_t EACH = block_of(KIND);
+    const int64_t blocks = (columns + EACH - 1) / EACH, place = token * (a.stride / EACH);
+    const float* x = a.values + token * a.stride;
+    int8_t* q = a.narrow + token * a.stride;
+    for (int64_t b = 0; b < blocks; b++, x += EACH, q += EACH) {
+        Floats most = zeros(), none = zeros();
+        for (int64_t i = 0; i < EACH; i += LANES) {
+            const Floats v = load(x + i);
+            most = larger(magnitude(v), most);
+            none = fused(v, zeros(), none);  // zero, unless something is no number or infinite
+        }
+        const float magnitude = largest_of(most);
+        const Floats factor = all(magnitude > 0 ? 127.0f / magnitude : 0.0f);
+        __m256i sums = _mm256_setzero_si256();
+        for (int64_t i = 0; i < EACH; i += LANES) narrow_sixteen(q + i, load(x + i) * factor, sums);
+        __m128i s = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
+        s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+        s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1));
+        a.offsets[place + b] = OFFSET<KIND> * _mm_cvtsi128_si32(s);
+        a.scales[place + b] = magnitude / 127.0f + sum_of(none);
     }
 }
 
-template <int KIND, int M, int P>
-static void float_tile(const Matrix& w, const Activations& a, int64_t token, int64_t panel, float* y, int64_t stride,
-                       bool add) {
-    constexpr int64_t STEP = PANEL * (KIND == FLOAT32 ? 4 : 2);
-    const float* x[M];
-    const char* p[P];
-    UNROLL for (int m = 0; m < M; m++) x[m] = a.values + (token + m) * a.stride;
-    UNROLL for (int i = 0; i < P; i++) p[i] = static_cast<const char*>(w.data) + (panel + i) * w.panel_bytes();
-    __m256 sums[M][P][2];
-    UNROLL for (int m = 0; m < M; m++)
-        UNROLL for (int i = 0; i < P; i++) sums[m][i][0] = sums[m][i][1] = _mm256_setzero_ps();
-    for (int64_t k = 0; k < w.columns; k++) {
-        __m256 low[P], high[P];
-        UNROLL for (int i = 0; i < P; i++) load_column<KIND>(p[i] + k * STEP, low[i], high[i]);
-        UNROLL for (int m = 0; m < M; m++) {
-            const __m256 v = _mm256_broadcast_ss(x[m] + k);
-            UNROLL for (int i = 0; i < P; i++) {
-                sums[m][i][0] = _mm256_fmadd_ps(low[i], v, sums[m][i][0]);
-                sums[m][i][1] = _mm256_fmadd_ps(high[i], v, sums[m][i][1]);
-            }
-        }
-    }
-    UNROLL for (int m = 0; m < M; m++)
-        UNROLL for (int i = 0; i < P; i++)
-            UNROLL for (int half = 0; half < 2; half++)
-                put(y + (token + m) * stride + (panel + i) * PANEL + 8 * half, sums[m][i][half], add);
+// Whether tokens must be brought into another form for this matrix.
+static inline bool wants_preparation(const Matrix& w) {
+    return w.kind == INT8 || w.kind == INT4 || w.kind == BFLOAT16;
 }
 
-template <int M, int P>
-static void int8_tile(const Matrix& w, const Activations& a, int64_t token, int64_t panel, float* y, int64_t stride,
-                      bool add) {
-    const int16_t* x[M];
-    const char* p[P];
-    UNROLL for (int m = 0; m < M; m++) x[m] = a.wide + (token + m) * a.stride;
-    UNROLL for (int i = 0; i < P; i++) p[i] = static_cast<const char*>(w.data) + (panel + i) * w.panel_bytes();
-    __m256i sums[M][P][2];
-    UNROLL for (int m = 0; m < M; m++)
-        UNROLL for (int i = 0; i < P; i++) sums[m][i][0] = sums[m][i][1] = _mm256_setzero_si256();
-    for (int64_t k = 0; k < w.columns; k += 2) {
-        __m256i low[P], high[P];
-        UNROLL for (int i = 0; i < P; i++) {
-            const __m128i* v = reinterpret_cast<const __m128i*>(p[i] + k * PANEL);
-            low[i] = _mm256_cvtepi8_epi16(_mm_loadu_si128(v));
-            high[i] = _mm256_cvtepi8_epi16(_mm_loadu_si128(v + 1));
-        }
-        UNROLL for (int m = 0; m < M; m++) {
-            int32_t pair;
-            std::memcpy(&pair, x[m] + k, 4);
-            const __m256i v = _mm256_set1_epi32(pair);
-            UNROLL for (int i = 0; i < P; i++) {
-                add32(sums[m][i][0], _mm256_madd_epi16(low[i], v));
-                add32(sums[m][i][1], _mm256_madd_epi16(high[i], v));
-            }
-        }
-    }
-    const float* scales = static_cast<const float*>(w.scales) + panel * PANEL;
-    UNROLL for (int m = 0; m < M; m++) {
-        const __m256 scale = _mm256_set1_ps(a.scales[token + m]);
-        UNROLL for (int i = 0; i < P; i++)
-            UNROLL for (int half = 0; half < 2; half++) {
-                const int64_t row = i * PANEL + 8 * half;
-                const __m256 factor = _mm256_mul_ps(_mm256_loadu_ps(scales + row), scale);
-                const __m256 v = _mm256_mul_ps(_mm256_cvtepi32_ps(sums[m][i][half]), factor);
-                put(y + (token + m) * stride + panel * PANEL + row, v, add);
-            }
-    }
+static inline void prepare(const Activations& a, int64_t token, const Matrix& w) {
+    if (!wants_preparation(w)) return;
+    float* x = a.values + token * a.stride;
+    // What another matrix left behind the last column.
+    std::memset(x + w.columns, 0, (padded(w.columns) - w.columns) * sizeof(float));
+    if (w.kind == INT8) narrow_activations<INT8>(a, token, w.columns);
+    if (w.kind == INT4) narrow_activations<INT4>(a, token, w.columns);
+#ifdef PAIRS
+    if (w.kind == BFLOAT16)
+        for (int64_t i = 0; i < padded(w.columns); i += LANES)
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(a.pairs + token * a.stride + i),
+                                reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_loadu_ps(x + i))));
+#endif
 }
 
-// Eight products of at most 15 * 127 * 2 fit 16 bits, so a block is summed there before it is widened.
+// --- products: M tokens, P panels ---
+
+// With several tokens the CPU alone does not look far enough ahead for weights to come while others are multiplied.
 template <int M>
-static void int4_tile(const Matrix& w, const Activations& a, int64_t token, int64_t panel, float* y, int64_t stride,
-                      bool add) {
-    const int64_t blocks = w.columns / BLOCK, each = w.group / BLOCK, per_token = a.stride / BLOCK;
-    const char* p = static_cast<const char*>(w.data) + panel * w.panel_bytes();
-    const __m128i* scales = static_cast<const __m128i*>(w.scales) + panel * (blocks / each) * 2;
-    const __m256i mask = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
-    __m256 totals[M][2];
-    UNROLL for (int m = 0; m < M; m++) totals[m][0] = totals[m][1] = _mm256_setzero_ps();
-    for (int64_t b = 0; b < blocks; b++) {
-        __m256i sums[M][2];
-        UNROLL for (int m = 0; m < M; m++) sums[m][0] = sums[m][1] = _mm256_setzero_si256();
-        UNROLL for (int j = 0; j < 4; j++, p += 64) {
-            const __m256i v0 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-            const __m256i v1 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32));
-            const __m256i near0 = _mm256_and_si256(v0, mask), near1 = _mm256_and_si256(v1, mask);
-            const __m256i far0 = _mm256_and_si256(_mm256_srli_epi16(v0, 4), mask);
-            const __m256i far1 = _mm256_and_si256(_mm256_srli_epi16(v1, 4), mask);
+static inline void ahead(const char* p) {
+    if constexpr (M > 2) _mm_prefetch(p + AHEAD, _MM_HINT_T0);
+}
+
+static inline void put(float* y, Floats v, bool add) { store(y, add ? load(y) + v : v); }
+
+// One column of sixteen rows, or two where they lie in pairs, times those of a token.
+template <int KIND, int M, int P>
+static inline void columns_of(const char* const* p, const float* const* x, int64_t k, Floats (&sums)[M][P]) {
+    if constexpr (KIND == BFLOAT16) {
+        Floats first[P], second[P];
+        UNROLL for (int i = 0; i < P; i++) load_pairs(p[i] + k * PANEL * 2, first[i], second[i]);
+        UNROLL for (int m = 0; m < M; m++) {
+            UNROLL for (int i = 0; i < P; i++) sums[m][i] = fused(first[i], all(x[m][k]), sums[m][i]);
+            UNROLL for (int i = 0; i < P; i++) sums[m][i] = fused(second[i], all(x[m][k + 1]), sums[m][i]);
+        }
+    } else {
+        Floats column[P];
+        UNROLL for (int i = 0; i < P; i++) column[i] = load_as<KIND>(p[i] + k * PANEL * (KIND == FLOAT32 ? 4 : 2));
+        UNROLL for (int m = 0; m < M; m++)
+            UNROLL for (int i = 0; i < P; i++) sums[m][i] = fused(column[i], all(x[m][k]), sums[m][i]);
+    }
+}
+
+template <int KIND, int M, int P>
+static void float_tile(const Matrix& w, const Activations& a, const int64_t* tokens, int64_t panel,
+                       Floats (&sums)[M][P]) {
+    const char* p[P];
+    UNROLL for (int i = 0; i < P; i++) p[i] = static_cast<const char*>(w.data) + (panel + i) * w.panel_bytes();
+#ifdef PAIRS
+    if constexpr (KIND == BFLOAT16) {
+        const uint16_t* x[M];
+        UNROLL for (int m = 0; m < M; m++) x[m] = a.pairs + tokens[m] * a.stride;
+        for (int64_t k = 0; k < w.columns; k += 2) {
+            __m512i column[P];
+            UNROLL for (int i = 0; i < P; i++) {
+                column[i] = _mm512_loadu_si512(p[i] + k * PANEL * 2);
+                ahead<M>(p[i] + k * PANEL * 2);
+            }
             UNROLL for (int m = 0; m < M; m++) {
-                int32_t near, far;
-                const int8_t* x = a.narrow + (token + m) * a.stride + b * BLOCK + 8 * j;
-                std::memcpy(&near, x, 4);
-                std::memcpy(&far, x + 4, 4);
-                const __m256i xn = _mm256_set1_epi32(near), xf = _mm256_set1_epi32(far);
-                add16(sums[m][0], _mm256_maddubs_epi16(near0, xn));
-                add16(sums[m][1], _mm256_maddubs_epi16(near1, xn));
-                add16(sums[m][0], _mm256_maddubs_epi16(far0, xf));
-                add16(sums[m][1], _mm256_maddubs_epi16(far1, xf));
+                int32_t pair;
+                std::memcpy(&pair, x[m] + k, 4);
+                const __m512i v = _mm512_set1_epi32(pair);
+                UNROLL for (int i = 0; i < P; i++) sums[m][i].v = add_pairs(sums[m][i].v, column[i], v);
             }
         }
-        const __m128i* scale = scales + (b / each) * 2;
-        const __m256 low = _mm256_cvtph_ps(_mm_loadu_si128(scale)), high = _mm256_cvtph_ps(_mm_loadu_si128(scale + 1));
+        return;
+    }
+#endif
+    const float* x[M];
+    UNROLL for (int m = 0; m < M; m++) x[m] = a.values + tokens[m] * a.stride;
+    for (int64_t k = 0; k < w.columns; k += KIND == BFLOAT16 ? 2 : 1) columns_of<KIND, M, P>(p, x, k, sums);
+}
+
+template <int KIND, int M, int P>
+static void whole_tile(const Matrix& w, const Activations& a, const int64_t* tokens, int64_t panel,
+                       Floats (&totals)[M][P]) {
+    constexpr int64_t EACH = block_of(KIND), STEP = KIND == INT4 ? 8 : 4;  // columns in 64 bytes of a panel
+    const int64_t blocks = (w.columns + EACH - 1) / EACH, per_token = a.stride / EACH;
+    const int64_t groups = KIND == INT4 ? w.columns / w.group : 1, each = w.group / BLOCK;
+    const char* p[P];
+    UNROLL for (int i = 0; i < P; i++) p[i] = static_cast<const char*>(w.data) + (panel + i) * w.panel_bytes();
+    for (int64_t b = 0; b < blocks; b++) {
+        Dots<KIND> sums[M][P];
+        const int8_t* x[M];
         UNROLL for (int m = 0; m < M; m++) {
-            const __m256 factor = _mm256_set1_ps(a.scales[(token + m) * per_token + b]);
-            const __m256i offset = _mm256_set1_epi32(a.offsets[(token + m) * per_token + b]);
-            const __m256 v0 = _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_madd_epi16(sums[m][0], ones), offset));
-            const __m256 v1 = _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_madd_epi16(sums[m][1], ones), offset));
-            totals[m][0] = _mm256_fmadd_ps(v0, _mm256_mul_ps(low, factor), totals[m][0]);
-            totals[m][1] = _mm256_fmadd_ps(v1, _mm256_mul_ps(high, factor), totals[m][1]);
+            x[m] = a.narrow + tokens[m] * a.stride + b * EACH;
+            UNROLL for (int i = 0; i < P; i++) sums[m][i] = begin<KIND>(a.offsets[tokens[m] * per_token + b]);
+        }
+        const int64_t steps = (std::min(EACH, w.columns - b * EACH) + STEP - 1) / STEP;
+        for (int64_t s = 0; s < steps; s++) {
+            Bytes v[P], more[P];
+            UNROLL for (int i = 0; i < P; i++) {
+                v[i] = load_bytes(p[i]);
+                ahead<M>(p[i]);
+                p[i] += 64;
+                if constexpr (KIND == INT4) more[i] = high_halves(v[i]), v[i] = low_halves(v[i]);
+            }
+            UNROLL for (int m = 0; m < M; m++) {
+                int32_t four;
+                std::memcpy(&four, x[m] + s * STEP, 4);
+                UNROLL for (int i = 0; i < P; i++) sums[m][i] = dot<KIND>(sums[m][i], v[i], four);
+                if constexpr (KIND == INT4) {
+                    std::memcpy(&four, x[m] + s * STEP + 4, 4);
+                    UNROLL for (int i = 0; i < P; i++) sums[m][i] = dot<KIND>(sums[m][i], more[i], four);
+                }
+            }
+        }
+        UNROLL for (int i = 0; i < P; i++) {
+            Floats scale;
+            if constexpr (KIND == INT4)
+                scale = load_as<FLOAT16>(static_cast<const char*>(w.scales) +
+                                         ((panel + i) * groups + b / each) * PANEL * 2);
+            UNROLL for (int m = 0; m < M; m++) {
+                const int64_t place = tokens[m] * per_token + b;
+                Floats factor = all(a.scales[place]);
+                if constexpr (KIND == INT4) factor = factor * scale;
+                totals[m][i] = fused(total<KIND>(sums[m][i], a.offsets[place]), factor, totals[m][i]);
+            }
         }
     }
-    UNROLL for (int m = 0; m < M; m++)
-        UNROLL for (int half = 0; half < 2; half++)
-            put(y + (token + m) * stride + panel * PANEL + 8 * half, totals[m][half], add);
+    if constexpr (KIND == INT8)
+        UNROLL for (int i = 0; i < P; i++) {
+            const Floats scale = load(static_cast<const float*>(w.scales) + (panel + i) * PANEL);
+            UNROLL for (int m = 0; m < M; m++) totals[m][i] = totals[m][i] * scale;
+        }
 }
 
+// `count` tokens, at most M, times the panels from `first` to before `last`, P at once.
 template <int KIND, int M, int P>
-static inline void tile(const Matrix& w, const Activations& a, int64_t token, int64_t panel, float* y, int64_t stride,
-                        bool add) {
-    if constexpr (KIND == INT4)
-        int4_tile<M>(w, a, token, panel, y, stride, add);
-    else if constexpr (KIND == INT8)
-        int8_tile<M, P>(w, a, token, panel, y, stride, add);
-    else
-        float_tile<KIND, M, P>(w, a, token, panel, y, stride, add);
-}
-
-// M tokens over some panels, P at once: few tokens need several panels to keep the multipliers busy.
-template <int KIND, int M, int P>
-static void tokens_over(const Matrix& w, const Activations& a, int64_t token, int64_t first, int64_t last, float* y,
-                        int64_t stride, bool add) {
+static void tokens_over(const Matrix& w, const Activations& a, int64_t token, int64_t count, int64_t first,
+                        int64_t last, float* y, int64_t stride, bool add) {
+    int64_t tokens[M];  // the last one again where there are fewer
+    UNROLL for (int m = 0; m < M; m++) tokens[m] = token + std::min<int64_t>(m, count - 1);
     int64_t panel = first;
-    for (; panel + P <= last; panel += P) tile<KIND, M, P>(w, a, token, panel, y, stride, add);
+    for (; panel + P <= last; panel += P) {
+        Floats sums[M][P];
+        UNROLL for (int m = 0; m < M; m++)
+            UNROLL for (int i = 0; i < P; i++) sums[m][i] = zeros();
+        if constexpr (KIND == INT8 || KIND == INT4)
+            whole_tile<KIND, M, P>(w, a, tokens, panel, sums);
+        else
+            float_tile<KIND, M, P>(w, a, tokens, panel, sums);
+        UNROLL for (int m = 0; m < M; m++)
+            if (m < count)
+                UNROLL for (int i = 0; i < P; i++)
+                    put(y + (token + m) * stride + (panel + i) * PANEL, sums[m][i], add);
+    }
     if constexpr (P > 1)
-        for (; panel < last; panel++) tile<KIND, M, 1>(w, a, token, panel, y, stride, add);
+        if (panel < last) tokens_over<KIND, M, 1>(w, a, token, count, panel, last, y, stride, add);
+}
+
+// How many panels keep the multipliers busy and the sums in registers.
+constexpr int panels_at_once([[maybe_unused]] int kind, int tokens) {
+#ifdef WIDE
+    return tokens <= 6 ? 4 : 2;
+#else
+    if (kind == INT4) return 1;
+    return tokens == 1 ? 4 : tokens <= 3 ? 2 : 1;
+#endif
+}
+
+template <int KIND, int M>
+static void few_tokens(const Matrix& w, const Activations& a, int64_t token, int64_t count, int64_t first, int64_t last,
+                       float* y, int64_t stride, bool add) {
+    tokens_over<KIND, M, panels_at_once(KIND, M)>(w, a, token, count, first, last, y, stride, add);
 }
 
 template <int KIND>
 static void panels_of(const Matrix& w, const Activations& a, int64_t tokens, int64_t first, int64_t last, float* y,
                       int64_t stride, bool add) {
-    constexpr int64_t MOST = KIND == INT4 ? 4 : 6;
-    const int64_t tiles = (tokens + MOST - 1) / MOST;
+#ifdef WIDE
+    // Up to sixteen at once, so that weights come from memory in one pass; more are a matter of computing, which goes
+    // best with six.
+    const int64_t most = tokens <= 16 ? 16 : 6;
+#else
+    constexpr int64_t most = KIND == INT4 ? 4 : 6;
+#endif
+    const int64_t tiles = (tokens + most - 1) / most;
     int64_t token = 0;
     for (int64_t i = 0; i < tiles; i++) {
         const int64_t count = (tokens - token) / (tiles - i) + ((tokens - token) % (tiles - i) != 0);
-        constexpr int FEW = KIND == INT4 ? 1 : 4;
         switch (count) {
-            case 1: tokens_over<KIND, 1, FEW>(w, a, token, first, last, y, stride, add); break;
-            case 2: tokens_over<KIND, 2, FEW == 4 ? 2 : 1>(w, a, token, first, last, y, stride, add); break;
-            case 3: tokens_over<KIND, 3, FEW == 4 ? 2 : 1>(w, a, token, first, last, y, stride, add); break;
-            case 4: tokens_over<KIND, 4, 1>(w, a, token, first, last, y, stride, add); break;
-            case 5: tokens_over<KIND, 5, 1>(w, a, token, first, last, y, stride, add); break;
-            default: tokens_over<KIND, 6, 1>(w, a, token, first, last, y, stride, add); break;
+            case 1: few_tokens<KIND, 1>(w, a, token, count, first, last, y, stride, add); break;
+            case 2: few_tokens<KIND, 2>(w, a, token, count, first, last, y, stride, add); break;
+            case 3: few_tokens<KIND, 3>(w, a, token, count, first, last, y, stride, add); break;
+            case 4: few_tokens<KIND, 4>(w, a, token, count, first, last, y, stride, add); break;
+            case 5: few_tokens<KIND, 5>(w, a, token, count, first, last, y, stride, add); break;
+            case 6: few_tokens<KIND, 6>(w, a, token, count, first, last, y, stride, add); break;
+#ifdef WIDE
+            case 7:
+            case 8: few_tokens<KIND, 8>(w, a, token, count, first, last, y, stride, add); break;
+            case 9:
+            case 10:
+            case 11:
+            case 12: few_tokens<KIND, 12>(w, a, token, count, first, last, y, stride, add); break;
+            default: few_tokens<KIND, 16>(w, a, token, count, first, last, y, stride, add); break;
+#endif
         }
         token += count;
     }

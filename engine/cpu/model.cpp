@@ -1,4 +1,4 @@
-// A step of a Llama on CPUs with AVX2: all of it in one call, so that Python and its lock stay out of the way.
+// A step of a Llama on CPUs with AVX2 or AVX-512: all of it in one call, so that Python and its lock stay out of the way.
 //
 // The layers go through phases that the threads share out. With tensor parallelism each call runs one half of a layer
 // on this rank's shard and leaves a partial sum for the all-reduce; the next call adds it to the residual stream.
@@ -46,8 +46,6 @@ struct Step {
     float* sums;            // [token][dim]: what the ranks add up, when partial
 };
 
-static int64_t padded(int64_t count) { return (count + BLOCK - 1) / BLOCK * BLOCK; }
-
 class Buffer {
    public:
     void fit(int64_t bytes) {
@@ -70,15 +68,15 @@ class Model {
         : shape_(shape), weights_(weights), layers_(weights.layers, weights.layers + shape.layers), team_(shape.threads) {
         const int64_t queries = shape.heads * shape.width, keys = shape.kv_heads * shape.width;
         const int64_t most = std::max(shape.tokens, shape.rows);
-        qkv_stride_ = padded(queries + 2 * keys);
+        qkv_stride_ = stride_of(queries + 2 * keys);
         gate_stride_ = 2 * padded(shape.hidden);
-        residual_stride_ = padded(shape.dim);
+        residual_stride_ = stride_of(shape.dim);
         residual_.fit(shape.tokens * residual_stride_ * 4);
         qkv_.fit(shape.tokens * qkv_stride_ * 4);
-        gate_.fit(shape.tokens * gate_stride_ * 4);
-        const int64_t widest = std::max({padded(shape.dim), padded(queries), padded(shape.hidden)});
+        gate_.fit(shape.tokens * std::max(gate_stride_, residual_stride_) * 4);  // contribute() needs it too
+        const int64_t widest = stride_of(std::max({shape.dim, queries, shape.hidden}));
         values_.fit(most * widest * 4);
-        wide_.fit(most * widest * 2);
+        pairs_.fit(most * widest * 2);
         narrow_.fit(most * widest);
         scales_.fit(most * widest / BLOCK * 4);
         offsets_.fit(most * widest / BLOCK * 4);
@@ -116,8 +114,8 @@ class Model {
 
    private:
     Activations activations(int64_t columns) {
-        return {values_.as<float>(), wide_.as<int16_t>(),   narrow_.as<int8_t>(), scales_.as<float>(),
-                offsets_.as<int32_t>(), padded(columns)};
+        return {values_.as<float>(), pairs_.as<uint16_t>(),  narrow_.as<int8_t>(), scales_.as<float>(),
+                offsets_.as<int32_t>(), stride_of(columns)};
     }
 
     float* residual(int64_t token) { return residual_.as<float>() + token * residual_stride_; }
@@ -145,13 +143,13 @@ class Model {
         const char* p = data + panel * w.panel_bytes();
         if (w.kind == FLOAT32) return load_one(w.kind, p + (column * PANEL + r) * 4);
         if (w.kind == FLOAT16) return load_one(w.kind, p + (column * PANEL + r) * 2);
-        if (w.kind == BFLOAT16) return load_one(w.kind, p + (column * PANEL + r % 8 * 2 + r / 8) * 2);
+        if (w.kind == BFLOAT16) return load_one(w.kind, p + (column / 2 * PANEL + r) * 4 + column % 2 * 2);
         if (w.kind == INT8) {
-            const int8_t q = *reinterpret_cast<const int8_t*>(p + (column / 2 * PANEL + r) * 2 + column % 2);
-            return q * static_cast<const float*>(w.scales)[row];
+            const int32_t q = uint8_t(p[(column / 4 * PANEL + r) * 4 + column % 4]) - 128;
+            return float(q) * static_cast<const float*>(w.scales)[row];
         }
         const int64_t k = column % 8;
-        const uint8_t byte = uint8_t(p[((column / 8 * 2 + r / 8) * 8 + r % 8) * 4 + k % 4]);
+        const uint8_t byte = uint8_t(p[(column / 8 * PANEL + r) * 4 + k % 4]);
         const uint16_t scale =
             static_cast<const uint16_t*>(w.scales)[(panel * (w.columns / w.group) + column / w.group) * PANEL + r];
         return ((k < 4 ? byte & 15 : byte >> 4) - 8) * _cvtsh_ss(scale);
@@ -166,12 +164,9 @@ class Model {
             for (int64_t i = 0; i < shape_.dim; i++) x[i] += more[i];
         }
         float* out = a.values + to * a.stride;
-        __m256 squares = _mm256_setzero_ps();
+        Floats squares = zeros();
         int64_t i = 0;
-        for (; i + 8 <= shape_.dim; i += 8) {
-            const __m256 v = _mm256_loadu_ps(x + i);
-            squares = _mm256_fmadd_ps(v, v, squares);
-        }
+        for (; i + LANES <= shape_.dim; i += LANES) squares = fused(load(x + i), load(x + i), squares);
         float sum = sum_of(squares);
         for (; i < shape_.dim; i++) sum += x[i] * x[i];
         const float factor = 1.0f / std::sqrt(sum / float(shape_.dim) + shape_.epsilon);
@@ -220,8 +215,8 @@ class Model {
             for (int64_t head = 0; head < shape_.heads + shape_.kv_heads; head++) rotate(x + head * width, turn);
             for (int64_t head = 0; head < shape_.kv_heads; head++) {
                 const int64_t place = cache.offset(slot, head, position);
-                store(cache.kind, cache.keys + place, x + queries + head * width, width);
-                store(cache.kind, cache.values + place, x + queries + keys + head * width, width);
+                store_as(cache.kind, cache.keys + place, x + queries + head * width, width);
+                store_as(cache.kind, cache.values + place, x + queries + keys + head * width, width);
             }
         });
         const Activations a = activations(queries);
@@ -247,7 +242,7 @@ class Model {
                          qkv + token * qkv_stride_ + head * group * width, qkv_stride_,
                          a.values + token * a.stride + head * group * width, a.stride, scratch_[thread]);
         });
-        if (layer.wo.kind == INT8 || layer.wo.kind == INT4)
+        if (wants_preparation(layer.wo))
             team_.share(phase, step.tokens, 1, [&](int64_t token, int64_t) { prepare(a, token, layer.wo); });
         contribute(step, phase, layer.wo, a);
     }
@@ -278,12 +273,9 @@ class Model {
         team_.share(phase, step.tokens, 1, [&](int64_t token, int64_t) {
             const float* x = gate + token * gate_stride_;
             float* out = a.values + token * a.stride;
-            const __m256 one = _mm256_set1_ps(1.0f), sign = _mm256_set1_ps(-0.0f);
-            for (int64_t i = 0; i < padded(shape_.hidden); i += 8) {
-                const float* p = x + i / PANEL * 2 * PANEL + i % PANEL;
-                const __m256 g = _mm256_loadu_ps(p), up = _mm256_loadu_ps(p + PANEL);
-                const __m256 sigmoid = _mm256_div_ps(one, _mm256_add_ps(one, exponential(_mm256_xor_ps(g, sign))));
-                _mm256_storeu_ps(out + i, _mm256_mul_ps(_mm256_mul_ps(g, sigmoid), up));
+            for (int64_t i = 0; i < (shape_.hidden + PANEL - 1) / PANEL * PANEL; i += LANES) {
+                const Floats g = load(x + 2 * i), up = load(x + 2 * i + PANEL);
+                store(out + i, g / (all(1.0f) + exponential(zeros() - g)) * up);
             }
             prepare(a, token, layer.w2);
         });
@@ -303,7 +295,7 @@ class Model {
     const std::vector<Layer> layers_;
     Team team_;
     int64_t qkv_stride_, gate_stride_, residual_stride_;
-    Buffer residual_, qkv_, gate_, values_, wide_, narrow_, scales_, offsets_;
+    Buffer residual_, qkv_, gate_, values_, pairs_, narrow_, scales_, offsets_;
     std::vector<Scratch> scratch_;
     std::vector<Sampler> samplers_;
 };

@@ -47,18 +47,26 @@ def _panels(weight: Tensor, value: int = 0) -> Tensor:
 
 
 def _pack_floats(weight: Tensor) -> Packed:
-    panels_PRK = _panels(weight)
-    if weight.dtype == torch.bfloat16:  # rows r and r + 8 of a panel side by side
-        data = panels_PRK.unflatten(1, (2, 8)).permute(0, 3, 2, 1)
+    if weight.dtype == torch.bfloat16:  # two neighbouring columns side by side
+        data = _columns_together(_panels(weight), 2)
     else:
-        data = panels_PRK.transpose(1, 2)
+        data = _panels(weight).transpose(1, 2)
     return Packed(KINDS[weight.dtype], *weight.shape, data.contiguous())
 
 
 def _pack_int8(weight: Quantized) -> Packed:
     rows, columns = weight.numbers.shape
-    data = _panels(weight.numbers).unflatten(2, (-1, 2)).transpose(1, 2).contiguous()
+    unsigned = weight.numbers.view(torch.uint8) ^ 128
+    data = _columns_together(_panels(unsigned, 128), 4, 128)
     return Packed(INT8, rows, columns, data, F.pad(weight.scales.float(), (0, -rows % PANEL)))
+
+
+def _columns_together(panels_PRK: Tensor, count: int, value: int = 0) -> Tensor:
+    """`count` neighbouring columns of a row side by side, the last ones filled up: (panels, columns / count, PANEL,
+    count).
+    """
+    columns = F.pad(panels_PRK, (0, -panels_PRK.shape[2] % count), value=value)
+    return columns.unflatten(2, (-1, count)).transpose(1, 2).contiguous()
 
 
 def _pack_int4(weight: Quantized, group: int) -> Packed:
@@ -80,9 +88,9 @@ def unpack(packed: Packed) -> Tensor:
         scales = packed.scales.transpose(1, 2).reshape(panels * PANEL, -1)
         weight = (numbers.unflatten(1, (-1, packed.group)) * scales.float()[:, :, None]).flatten(1)
     elif packed.kind == INT8:
-        weight = data.transpose(1, 2).reshape(panels * PANEL, columns) * packed.scales[:, None]
+        weight = (data.transpose(1, 2).flatten(2).flatten(0, 1).float() - 128) * packed.scales[:, None]
     elif packed.kind == KINDS[torch.bfloat16]:
-        weight = data.permute(0, 3, 2, 1).reshape(panels * PANEL, columns).float()
+        weight = data.transpose(1, 2).flatten(2).flatten(0, 1).float()
     else:
         weight = data.transpose(1, 2).reshape(panels * PANEL, columns).float()
-    return weight[: packed.rows]
+    return weight[: packed.rows, :columns]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from engine.cpu import library
+from engine.cpu.arena import Arena
 from engine.cpu.packing import KINDS, PANEL, Packed, pack
 from engine.kv_cache import KVCache
 from engine.loader import Limits
@@ -98,6 +99,7 @@ class CpuRunner:
         """`fill` puts the weights of a module, whose names begin so, where so far there are only shapes."""
         self._library, self._group, self._args = library.load(), group, model.args
         self._kept: list[Tensor] = []  # what the kernels have pointers to
+        self._arena = Arena()
         self._layers = (_Layer * model.args.n_layers)()
         for number, block in enumerate(model.layers):
             if fill is not None:
@@ -186,8 +188,11 @@ class CpuRunner:
         return tensor.data_ptr()
 
     def _matrix(self, packed: Packed) -> _Matrix:
-        scales = self._keep(packed.scales) if packed.scales is not None else None
-        return _Matrix(packed.kind, packed.group, packed.rows, packed.columns, self._keep(packed.data), scales)
+        data, scales = (
+            self._keep(self._arena.keep(tensor)) if tensor is not None else None
+            for tensor in (packed.data, packed.scales)
+        )
+        return _Matrix(packed.kind, packed.group, packed.rows, packed.columns, data, scales)
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> Tensor | None:

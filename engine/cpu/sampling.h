@@ -56,14 +56,12 @@ class Sampler {
     static constexpr int SHIFT = 19;  // a bucket for each sixteenth of a power of two
 
     void weigh(const float* logits, int64_t count, float most, float temperature) {
-        weights_.resize((count + 7) / 8 * 8);
-        const __m256 shift = _mm256_set1_ps(most), divisor = _mm256_set1_ps(temperature);
+        weights_.resize(sixteens(count));
+        const Floats shift = all(most), divisor = all(temperature);
         int64_t i = 0;
-        for (; i + 8 <= count; i += 8) {
-            const __m256 x = _mm256_div_ps(_mm256_sub_ps(_mm256_loadu_ps(logits + i), shift), divisor);
-            // Below this there is nothing left in a float.
-            const __m256 seen = _mm256_cmp_ps(x, _mm256_set1_ps(-87.0f), _CMP_GT_OQ);
-            _mm256_storeu_ps(&weights_[i], _mm256_and_ps(seen, exponential(x)));
+        for (; i + LANES <= count; i += LANES) {
+            const Floats x = (load(logits + i) - shift) / divisor;
+            store(&weights_[i], unless_below(x, -87.0f, exponential(x)));  // there nothing is left in a float
         }
         for (; i < count; i++) weights_[i] = std::exp((logits[i] - most) / temperature);
     }

@@ -1,0 +1,36 @@
+"""Memory in huge pages for weights: a step reads all of them, and many small pages would take time to look up."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+
+import torch
+from torch import Tensor
+
+HUGE_PAGE, BLOCK, LINE = 2 << 20, 64 << 20, 64
+
+
+class Arena:
+    """Blocks of memory that tensors are copied into, one behind the other; it all goes when the last of them goes."""
+
+    def __init__(self) -> None:
+        self._rest = torch.empty(0, dtype=torch.uint8)
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """A copy of the tensor."""
+        if tensor.nbytes > len(self._rest):
+            self._rest = _block(max(BLOCK, tensor.nbytes))
+        taken = self._rest[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        self._rest = self._rest[-(-tensor.nbytes // LINE) * LINE :]
+        return taken.copy_(tensor)
+
+
+def _block(size: int) -> Tensor:
+    """Fresh memory that begins and ends with a huge page, if the system has them; untouched, it takes nothing."""
+    size = -(-size // HUGE_PAGE) * HUGE_PAGE
+    memory = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError, AttributeError):  # a system without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    block = torch.frombuffer(memory, dtype=torch.uint8)
+    return block[-block.data_ptr() % HUGE_PAGE :][:size]
