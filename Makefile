@@ -67,6 +67,10 @@ check-peers: install  ## compare with llama.cpp: texts, tokens, quantized files 
 	@$(BIN)/python -m tools.peers setup
 	@$(BIN)/python -m tools.llamacpp_check
 
+.PHONY: bench
+bench: install  ## measure speed: engine, service, against this machine's bandwidth (BENCH="--quick" for two minutes)
+	@$(BIN)/python -m tools.bench $(BENCH)
+
 MUTATIONS ?= 10000
 .PHONY: fuzz
 fuzz: install  ## read damaged files of every format (MUTATIONS=N of each; about 10 minutes for 10000)
