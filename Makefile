@@ -68,7 +68,7 @@ check-peers: install  ## compare with llama.cpp: texts, tokens, quantized files 
 	@$(BIN)/python -m tools.llamacpp_check
 
 .PHONY: bench
-bench: install  ## measure speed: engine, service, against this machine's bandwidth (BENCH="--quick" for two minutes)
+bench: install  ## measure engine and service beside this machine's best, half an hour (BENCH=--quick: two minutes)
 	@$(BIN)/python -m tools.bench $(BENCH)
 
 MUTATIONS ?= 10000

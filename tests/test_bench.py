@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from tools import bench, bench_machine
-from tools.bench_engine import EngineBench, model_args, percentile, random_engine, settings
+from tools.bench_engine import EngineBench, model_args, random_engine, settings
 from tools.bench_machine import Machine, measure_machine
-from tools.bench_report import Table
+from tools.bench_report import Table, percentile
 
 MACHINE = Machine("a CPU", 2, 1, 1e10, {"torch": 1e10}, {"float32": 1e11}, (0.0, 0.0, 0.0), {"Python": "3"}, "abc")
 
@@ -56,10 +56,10 @@ def test_bytes_of_a_step_are_all_matrices_but_the_table_and_the_keys_and_values(
     bench = tiny_bench("bf16")
     args = bench.args
     matrices = args.parameter_count() - args.vocab_size * args.dim
-    assert bench.bytes_per_step(1, 0) == 2 * matrices
+    assert bench.costs.bytes_per_step(1, 0) == 2 * matrices
     per_token = 2 * args.n_layers * args.n_kv_heads * args.head_dim * 2
-    assert bench.bytes_per_step(3, 10) - bench.bytes_per_step(3, 0) == 30 * per_token
-    assert tiny_bench("int8").bytes_per_step(1, 0) < 1.1 * matrices
+    assert bench.costs.bytes_per_step(3, 10) - bench.costs.bytes_per_step(3, 0) == 30 * per_token
+    assert tiny_bench("int8").costs.bytes_per_step(1, 0) < 1.1 * matrices
 
 
 def test_shares_are_of_what_the_machine_can_do():
@@ -69,7 +69,7 @@ def test_shares_are_of_what_the_machine_can_do():
     assert math.isclose(row["bandwidth_share"], row["bytes_per_step"] / run.step_s / 1e10)
     assert math.isclose(row["tokens_per_s"], 2 / run.step_s)
     prompts = bench.prefill_row(bench.run(1, 32, 1), MACHINE)
-    assert math.isclose(prompts["flops_share"], bench.prompt_flops(32) * prompts["tokens_per_s"] / 32 / 1e11)
+    assert math.isclose(prompts["flops_share"], bench.costs.prompt_flops(32) * prompts["tokens_per_s"] / 32 / 1e11)
 
 
 def test_percentiles_are_values_that_were_measured():
@@ -106,7 +106,7 @@ def test_quick_prints_a_row_for_each_figure_and_writes_them(tmp_path, monkeypatc
     monkeypatch.setattr(bench, "FOLDER", tmp_path)
     monkeypatch.setattr(bench, "PROJECT", tmp_path)
     monkeypatch.setattr(bench, "measure_machine", lambda threads: MACHINE)
-    monkeypatch.setattr(bench, "LONG_PROMPT", 40)
+    monkeypatch.setattr(bench, "QUICK_LONG_PROMPT", 40)
     assert bench.main(["--quick", "--shape", "tiny", "--weights", "f32,int8", "--batch", "1,2", "--threads", "1"]) == 0
     results = json.loads((tmp_path / "quick.json").read_text())
     assert [(row["weights"], row.get("batch")) for row in results["engine"]] == [

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Sequence as Ordered
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +20,7 @@ from engine.runner import Runner
 from engine.sequence import SamplingParams, Sequence
 from llama2 import ModelArgs
 from tools.bench_machine import Machine
+from tools.bench_report import PERCENTILES, percentile
 from tools.random_checkpoint import SHAPES, VOCABULARY
 
 # What the engine is told (dtype, quantization) for each kind of weights.
@@ -32,7 +32,6 @@ WEIGHTS = {
     "int4-128": ("bfloat16", "int4-128"),
 }
 TOKENS_PER_STEP = 512
-PERCENTILES = (50, 90, 99)
 _NOISE = 1 << 22
 
 
@@ -73,6 +72,12 @@ class Run:
 def model_args(shape: str) -> ModelArgs:
     """A real model's shape by name."""
     return ModelArgs(**SHAPES[shape], vocab_size=VOCABULARY)
+
+
+def costs(shape: str, weights: str, slots: int, length: int) -> Costs:
+    """Those of a kind of weights on the CPU."""
+    args = model_args(shape)
+    return Costs(args, Limits.settle(settings(weights, slots, length, None), args, "cpu"))
 
 
 def settings(weights: str, slots: int, length: int, threads: int | None, kernels: str = "auto") -> EngineConfig:
@@ -119,11 +124,35 @@ def random_engine(args: ModelArgs, config: EngineConfig) -> Engine:
     return Engine(Runner(model.eval(), limits, device, 1), limits, ranks, args.vocab_size)
 
 
+@dataclass(frozen=True)
+class Costs:
+    """What a model's steps need at least of a machine, however they are computed."""
+
+    args: ModelArgs
+    limits: Limits
+
+    def bytes_per_step(self, batch: int, context: float) -> float:
+        """What a decode step has to read: all matrices once, and the keys and values of every sequence."""
+        args, size = self.args, self.limits.dtype.itemsize
+        weights = memory_need(args, self.limits, 1).weights
+        if not args.tie_embeddings:  # of the table only a row for each token
+            weights -= args.vocab_size * args.dim * size
+        return weights + batch * context * 2 * args.n_layers * args.n_kv_heads * args.head_dim * size
+
+    def prompt_flops(self, prompt: int) -> float:
+        """Multiplications and additions of a prompt: every matrix for every token, the last for one token only."""
+        args = self.args
+        shapes = (shape for name, shape in args.tensor_shapes().items() if name.startswith("layers."))
+        matrices = sum(shape[0] * shape[1] for shape in shapes if len(shape) == 2)
+        attention = 2 * args.n_layers * args.n_heads * args.head_dim * prompt * prompt  # half of the square is masked
+        return 2 * matrices * prompt + attention + 2 * args.vocab_size * args.dim
+
+
 class EngineBench:
     """Measures one engine; no two prompts of it are alike, so that none is found in a cache."""
 
     def __init__(self, engine: Engine, args: ModelArgs, seed: int = 0) -> None:
-        self.engine, self.args = engine, args
+        self.engine, self.args, self.costs = engine, args, Costs(args, engine.limits)
         self._random = random.Random(seed)
 
     def prompt(self, length: int) -> list[int]:
@@ -155,30 +184,10 @@ class EngineBench:
         """Touch every weight once, as the first step of a process is slower than all others."""
         self.run(1, 8, 3)
 
-    def bytes_per_step(self, batch: int, context: float) -> float:
-        """What a decode step has to read: all matrices once, and the keys and values of every sequence."""
-        args, limits = self.args, self.engine.limits
-        weights = memory_need(args, limits, 1).weights
-        if not args.tie_embeddings:  # of the table only a row for each token
-            weights -= args.vocab_size * args.dim * limits.dtype.itemsize
-        cached = 2 * args.n_layers * args.n_kv_heads * args.head_dim * limits.dtype.itemsize
-        return weights + batch * context * cached
-
-    def prompt_flops(self, prompt: int) -> float:
-        """Multiplications and additions of a prompt: every matrix for every token, the last one for one token only."""
-        args = self.args
-        matrices = sum(
-            shape[0] * shape[1]
-            for name, shape in args.tensor_shapes().items()
-            if name.startswith("layers.") and len(shape) == 2
-        )
-        attention = 2 * args.n_layers * args.n_heads * args.head_dim * prompt * prompt  # half of the square is masked
-        return 2 * matrices * prompt + attention + 2 * args.vocab_size * args.dim
-
     def decode_row(self, run: Run, machine: Machine) -> dict[str, Any]:
         """The decode steps of a run as figures, each beside what the machine could do."""
         context = run.prompt + run.tokens - len(run.decode_s) / 2
-        size = self.bytes_per_step(run.batch, context)
+        size = self.costs.bytes_per_step(run.batch, context)
         return {
             "batch": run.batch,
             "prompt": run.prompt,
@@ -191,7 +200,7 @@ class EngineBench:
             "throughput": run.throughput,
             "bytes_per_step": size,
             "bandwidth_share": size / run.step_s / machine.read_bytes_per_s,
-            "flops_share": run.batch * self.prompt_flops(1) / run.step_s / machine.flops,
+            "flops_share": run.batch * self.costs.prompt_flops(1) / run.step_s / machine.flops,
         }
 
     def prefill_row(self, run: Run, machine: Machine) -> dict[str, Any]:
@@ -201,14 +210,8 @@ class EngineBench:
             "prompt": run.prompt,
             "tokens_per_s": run.prefill_rate,
             "first_token_ms": 1000 * seconds,
-            "flops_share": run.batch * self.prompt_flops(run.prompt) / seconds / machine.flops,
+            "flops_share": run.batch * self.costs.prompt_flops(run.prompt) / seconds / machine.flops,
         }
-
-
-def percentile(values: Ordered[float], percent: float) -> float:
-    """The smallest value that so many percent of all do not exceed."""
-    ranked = sorted(values)
-    return ranked[max(0, -int(-len(ranked) * percent // 100) - 1)]
 
 
 def _decodes(sequence: Sequence) -> bool:

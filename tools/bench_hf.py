@@ -1,0 +1,142 @@
+"""Hugging Face transformers on random weights: a program that answers each line of JSON with the times of one run.
+
+echo '{"batch": 8, "prompt": 64, "tokens": 16}' | python -m tools.bench_hf --shape 1.1B --threads 2
+
+tools.bench_peers starts it beside the engine. With --compiled a decode step is compiled by torch.compile, over a static
+cache; the first run of each batch size then takes minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from tools.bench_engine import model_args
+from tools.bench_machine import PROJECT
+from tools.random_checkpoint import SHAPES
+
+
+class TransformersError(RuntimeError):
+    """The program ended; the message says with what."""
+
+
+class Transformers:
+    """The program of this file as a process of its own, for the time of a block."""
+
+    def __init__(self, shape: str, threads: int, compiled: bool = False) -> None:
+        self.name = "transformers, compiled" if compiled else "transformers"
+        command = [sys.executable, "-m", "tools.bench_hf", "--shape", shape, "--threads", str(threads)]
+        command += ["--compiled"] if compiled else []
+        # Only its answers are of interest: warnings of its libraries would stand among the figures.
+        self._said = tempfile.TemporaryFile()
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._said}
+        self._process = subprocess.Popen(command, cwd=PROJECT, text=True, **pipes)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.communicate()
+        self._said.close()
+
+    def run(self, batch: int, prompt: int, tokens: int) -> dict[str, Any]:
+        """The times of one run: `first_token_s` and the list `decode_s`."""
+        try:
+            self._process.stdin.write(json.dumps({"batch": batch, "prompt": prompt, "tokens": tokens}) + "\n")
+            self._process.stdin.flush()
+            answer = self._process.stdout.readline()
+        except OSError:
+            answer = ""
+        if not answer:
+            self._process.wait()
+            self._said.seek(0)
+            lines = self._said.read().decode(errors="replace").strip().splitlines()
+            raise TransformersError(f"{self.name} ended: {lines[-1] if lines else 'nothing was said'}")
+        return json.loads(answer)
+
+
+def make_model(shape: str) -> torch.nn.Module:
+    """A model of the given shape in bfloat16."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    args = model_args(shape)
+    config = LlamaConfig(
+        hidden_size=args.dim,
+        num_hidden_layers=args.n_layers,
+        num_attention_heads=args.n_heads,
+        num_key_value_heads=args.n_kv_heads,
+        intermediate_size=args.ffn_hidden_dim,
+        vocab_size=args.vocab_size,
+        max_position_embeddings=args.max_seq_len,
+    )
+    torch.manual_seed(0)
+    return LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
+
+
+class Generation:
+    """Greedy generation, timed; what `generate` does beside the model's own steps is left out."""
+
+    def __init__(self, model: torch.nn.Module, compiled: bool) -> None:
+        self._model, self._compiled = model, compiled
+        self._step = torch.compile(self._decode, dynamic=False) if compiled else self._decode
+
+    def _decode(self, ids_B1: Tensor, cache: Any) -> Tensor:
+        return self._model(ids_B1, past_key_values=cache, use_cache=True).logits[:, -1].argmax(-1, keepdim=True)
+
+    @torch.inference_mode()
+    def run(self, batch: int, prompt: int, tokens: int) -> dict[str, Any]:
+        """Answer equal prompts and time each step."""
+        from transformers import DynamicCache, StaticCache
+
+        config = self._model.config
+        # The same length for every run, so that a compiled step serves all of them.
+        length = -(-(prompt + tokens) // 128) * 128
+        cache = StaticCache(config=config, max_cache_len=length) if self._compiled else DynamicCache(config=config)
+        ids = torch.randint(3, config.vocab_size, (batch, prompt))
+        started = time.perf_counter()
+        logits = self._model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        token = logits[:, -1].argmax(-1, keepdim=True)
+        before = time.perf_counter()
+        first, decode = before - started, []
+        for _ in range(tokens - 1):
+            token = self._step(token, cache)
+            now = time.perf_counter()
+            decode.append(now - before)
+            before = now
+        return {"first_token_s": first, "decode_s": decode}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Read lines until there are no more."""
+    parser = argparse.ArgumentParser(
+        prog="bench_hf", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--shape", choices=list(SHAPES), default="1.1B", help="model size (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--compiled", action="store_true", help="compile the decode step")
+    flags = parser.parse_args(argv)
+    torch.set_num_threads(flags.threads)
+    generation = Generation(make_model(flags.shape), flags.compiled)
+    for line in sys.stdin:
+        print(json.dumps(generation.run(**json.loads(line))), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
