@@ -71,6 +71,11 @@ check-peers: install  ## compare with llama.cpp: texts, tokens, quantized files 
 bench: install  ## measure engine and service beside this machine's best, half an hour (BENCH=--quick: two minutes)
 	@$(BIN)/python -m tools.bench $(BENCH)
 
+.PHONY: bench-peers
+bench-peers: install  ## measure llama.cpp and transformers beside it, in turns: build/bench/ratios.json (about an hour)
+	@$(BIN)/python -m tools.peers setup
+	@$(BIN)/python -m tools.bench_peers $(BENCH)
+
 MUTATIONS ?= 10000
 .PHONY: fuzz
 fuzz: install  ## read damaged files of every format (MUTATIONS=N of each; about 10 minutes for 10000)

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from tools import bench, bench_machine
+from tokenizing import load_tokenizer
+from tools import bench, bench_machine, bench_peers
 from tools.bench_engine import EngineBench, model_args, random_engine, settings
+from tools.bench_hf import Generation, Transformers, TransformersError, make_model
+from tools.bench_llamacpp import LlamaCpp
+from tools.bench_load import Ask, Load, LoadError, Target, intrude, offer, summarize
 from tools.bench_machine import Machine, measure_machine
-from tools.bench_report import Table, percentile
+from tools.bench_report import NoPictures, Table, draw, percentile, write_csv
+from tools.bench_weights import answer_token, usual_tokens
+from tools.peers import PeerError
+from tools.random_checkpoint import DEMO_TOKENIZER
 
 MACHINE = Machine("a CPU", 2, 1, 1e10, {"torch": 1e10}, {"float32": 1e11}, (0.0, 0.0, 0.0), {"Python": "3"}, "abc")
 
@@ -133,3 +145,199 @@ def test_flags_that_make_no_sense_are_refused_in_one_line(words, said, capsys):
 def test_a_table_has_dashes_for_what_a_row_lacks():
     table = Table(("weights", "weights", "8"), ("ms", "ms", "6.1f"))
     assert [table.head(), table.line({"weights": "int8"})] == [" weights      ms", "    int8       -"]
+
+
+# --- clients ---
+
+
+TOKEN = "262"
+
+
+class Completions:
+    """A server that answers with as many words as it is asked for, in chunks that do not end where events do."""
+
+    def __init__(self, status: int = 200, missing: int = 0) -> None:
+        self.bodies: list[dict] = []
+        self._status, self._missing = status, missing
+
+    async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode()
+        size = next(int(line.split(":")[1]) for line in head.splitlines() if line.startswith("Content-Length"))
+        body = json.loads(await reader.readexactly(size))
+        self.bodies.append(body)
+        if self._status != 200:
+            writer.write(f"HTTP/1.1 {self._status} No\r\nContent-Length: 4\r\nConnection: close\r\n\r\nbusy".encode())
+        else:
+            writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+            events = b"".join(
+                b'data: {"choices": [{"text": "%s"}]}\n\n' % text
+                for text in [b"word"] * (body["max_tokens"] - self._missing) + [b""]
+            )
+            for start in range(0, len(events), 50):
+                part = events[start : start + 50]
+                writer.write(b"%x\r\n%s\r\n" % (len(part), part))
+                await writer.drain()
+                await asyncio.sleep(0.001)
+            writer.write(b"0\r\n\r\n")
+        await writer.drain()
+        writer.close()
+
+
+def with_server(completions: Completions, work: Callable[[Target], Awaitable[Any]]) -> Any:
+    async def both() -> Any:
+        server = await asyncio.start_server(completions.answer, "127.0.0.1", 0)
+        async with server:
+            return await work(Target("a server", server.sockets[0].getsockname()[1], "/v1/completions", 262))
+
+    return asyncio.run(both())
+
+
+def test_clients_see_every_token_though_chunks_cut_events():
+    completions = Completions()
+    asks = Load(6, (4, 8), (3, 5)).draw(range(3, 50), seed=1)
+    seen = with_server(completions, lambda target: offer(target, asks, at_once=2))
+    assert [len(each.tokens) for each in seen] == [each.tokens for each in asks]
+    assert all(body["logit_bias"] == {TOKEN: 100} and body["ignore_eos"] for body in completions.bodies)
+    assert sorted(tuple(body["prompt"]) for body in completions.bodies) == sorted(each.prompt for each in asks)
+    figures = summarize(seen, 100.0, 100.0)
+    assert figures["requests"] == 6 and figures["good_share"] == 1.0
+    assert summarize(seen, 0.0, 0.0)["goodput"] == 0.0
+    assert figures["gap_p50_ms"] <= figures["gap_p99_ms"] <= figures["gap_max_ms"]
+
+
+@pytest.mark.parametrize(
+    ("completions", "said"),
+    [(Completions(503), "status 503: busy"), (Completions(missing=1), "status 200, 2 of 3 tokens")],
+)
+def test_an_answer_that_is_not_whole_is_an_error(completions, said):
+    with pytest.raises(LoadError, match=f"a server: 2 of 2 requests failed; the first: {said}"):
+        with_server(completions, lambda target: offer(target, [Ask((5, 6), 3)] * 2))
+
+
+def test_a_long_prompt_among_streams_is_timed_against_their_steps():
+    felt = with_server(Completions(), lambda target: intrude(target, [Ask((5,), 90)] * 2, Ask(tuple(range(3, 40)), 2)))
+    assert 0 < felt.step_s and felt.steps == felt.worst_s / felt.step_s
+
+
+def test_arrivals_and_shared_beginnings_are_as_asked_and_the_same_for_a_seed():
+    load = Load(50, (4, 8), (1, 9), shared=5, rate=10.0)
+    asks = load.draw(range(3, 50), seed=7)
+    assert asks == load.draw(range(3, 50), seed=7) != load.draw(range(3, 50), seed=8)
+    assert len({each.prompt[:5] for each in asks}) == 1 and {len(each.prompt) for each in asks} == {9, 10, 11, 12, 13}
+    times = [each.at for each in asks]
+    assert times == sorted(times) and 2.5 < times[-1] < 10.0
+
+
+def test_prompts_and_answers_are_of_whole_words():
+    tokenizer = load_tokenizer(DEMO_TOKENIZER)
+    assert answer_token() in usual_tokens()
+    assert all(tokenizer.token_bytes(id).strip().isalpha() for id in usual_tokens())
+
+
+# --- the peers ---
+
+
+def comparison(*words: str) -> bench_peers.Comparison:
+    return bench_peers.Comparison(bench_peers._parse(["--shape", "tiny", "--threads", "1", *words]))
+
+
+def test_ratios_have_every_key_and_null_for_what_was_not_measured():
+    assert comparison().ratios() == dict.fromkeys(bench_peers.RATIOS)
+    assert len(bench_peers.RATIOS) == 16
+
+
+def test_a_ratio_is_the_median_of_its_rounds():
+    found = comparison()
+    for ours, theirs in ((10.0, 5.0), (30.0, 10.0), (8.0, 8.0)):
+        found.add("decode b8 int4", "engine", ours)
+        found.add("decode b8 int4", "llama.cpp", theirs)
+    assert found.ratios()["decode_b8_int4_vs_llamacpp"] == 2.0
+
+
+def test_transformers_is_compared_as_whichever_is_faster():
+    found = comparison()
+    for who, rate in (("engine", 12.0), ("transformers", 4.0), ("transformers, compiled", 6.0)):
+        found.add("decode b8 bf16", who, rate)
+    assert found.ratios()["decode_b8_bf16_vs_hf"] == 2.0
+
+
+def program(path: Path, text: str) -> Path:
+    path.write_text(f"#!{sys.executable}\nimport json, sys\nwords = sys.argv\n{text}")
+    path.chmod(0o755)
+    return path
+
+
+def test_llama_cpp_is_asked_for_the_same_sizes_and_keeps_its_faster_flags(tmp_path):
+    batched = program(
+        tmp_path / "batched",
+        "on = words[words.index('-fa') + 1] == 'on'\n"
+        "for pl in words[words.index('-npl') + 1].split(','):\n"
+        "    print(json.dumps({'pl': int(pl), 'speed_tg': int(pl) * (3.0 if on else 2.0)}))\n"
+        "print('llama_perf_context_print: nothing')",
+    )
+    plain = program(
+        tmp_path / "plain",
+        "assert words[words.index('-p') + 1] == '512' and words[words.index('-t') + 1] == '2'\n"
+        "print(json.dumps({'avg_ts': 50.0 if words[words.index('-fa') + 1] == 'off' else 40.0}))",
+    )
+    cpp = LlamaCpp({"llama-batched-bench": batched, "llama-bench": plain}, tmp_path / "model.gguf", 2)
+    cpp.choose_flags((1, 8), 64, 16, 512)
+    assert (cpp.decode_flags, cpp.prefill_flags) == ("on", "off")
+    assert cpp.decode((1, 8), 64, 16) == {1: 3.0, 8: 24.0} and cpp.prefill(512) == 50.0
+
+
+def test_a_program_that_fails_is_named_with_its_last_words(tmp_path):
+    broken = program(tmp_path / "broken", "print('first', file=sys.stderr)\nsys.exit('no memory')")
+    with pytest.raises(PeerError, match="llama-bench failed: no memory"):
+        LlamaCpp({"llama-bench": broken}, tmp_path / "model.gguf", 1).prefill(512)
+
+
+def test_transformers_gives_the_time_of_every_step():
+    times = Generation(make_model("tiny"), compiled=False).run(2, 8, 4)
+    assert len(times["decode_s"]) == 3 and times["first_token_s"] > 0
+
+
+def test_a_peer_in_a_process_of_its_own_answers_line_by_line_and_says_why_it_ended(tmp_path, monkeypatch):
+    answers = "asked = json.loads(input())\nprint(json.dumps({'decode_s': [asked['batch']]}), flush=True)\n"
+    monkeypatch.setattr(
+        sys, "executable", str(program(tmp_path / "python", answers + "input()\nsys.exit('no memory')"))
+    )
+    with Transformers("tiny", 1) as peer:
+        assert peer.run(2, 8, 4) == {"decode_s": [2]}
+        with pytest.raises(TransformersError, match="transformers ended: no memory"):
+            peer.run(2, 8, 4)
+
+
+# --- what is written ---
+
+
+def test_the_historical_table_has_its_columns(tmp_path):
+    row = {"weights": "int8", "tokens": 32, "prompt": 64, "batch": 8, "bytes_per_step": 2e9, "step_ms": 100.0}
+    write_csv(tmp_path / "bench.csv", "1.1B", [row | {"throughput": 55.5}], gpus=0)
+    assert (tmp_path / "bench.csv").read_text().splitlines() == [
+        "model_size,max_gen_len,max_prompt_len,batch_size,tokens/second,bandwidth,GPUs",
+        "1.1B-int8,32,64,8,55.50,20.00,0",
+    ]
+
+
+def test_pictures_are_drawn_or_their_lack_explained(tmp_path, monkeypatch):
+    rows = [{"batch": batch, "ms": 10.0 * batch, "weights": kind} for batch in (1, 2, 8) for kind in ("bf16", "int8")]
+    sizes = ("batch", "sequences"), ("ms", "ms")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(NoPictures, match="matplotlib is not installed; run: make install"):
+        draw(tmp_path / "steps.png", "steps", rows, *sizes, by="weights")
+    monkeypatch.undo()
+    pytest.importorskip("matplotlib")
+    draw(tmp_path / "steps.png", "steps", rows, *sizes, by="weights", logarithmic=True)
+    assert (tmp_path / "steps.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_engines_part_writes_json_csv_and_pictures(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "FOLDER", tmp_path)
+    monkeypatch.setattr(bench, "PROJECT", tmp_path)
+    monkeypatch.setattr(bench, "measure_machine", lambda threads: MACHINE)
+    words = ["engine", "--shape", "tiny", "--weights", "f32,int8", "--batch", "1,2", "--context", "8,16"]
+    assert bench.main([*words, "--threads", "1"]) == 0
+    rows = json.loads((tmp_path / "bench.json").read_text())["engine"]
+    assert [row["scan"] for row in rows] == 2 * (["batch"] * 2 + ["prompt", "context"] * 2)
+    assert len((tmp_path / "bench.csv").read_text().splitlines()) == 5

@@ -9,7 +9,10 @@ cache; the first run of each batch size then takes minutes.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -38,8 +41,14 @@ class Transformers:
         command += ["--compiled"] if compiled else []
         # Only its answers are of interest: warnings of its libraries would stand among the figures.
         self._said = tempfile.TemporaryFile()
+        # What is compiled is not kept: a process that is ended while it writes would spoil it for the next one.
+        self._compiled = tempfile.TemporaryDirectory(prefix="llama-compiled-")
+        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": self._compiled.name}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._said}
-        self._process = subprocess.Popen(command, cwd=PROJECT, text=True, **pipes)
+        # A group of its own, because torch.compile has processes too.
+        self._process = subprocess.Popen(
+            command, cwd=PROJECT, env=environment, text=True, start_new_session=True, **pipes
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -51,9 +60,11 @@ class Transformers:
 
     def close(self) -> None:
         """End the process."""
-        self._process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.communicate()
         self._said.close()
+        self._compiled.cleanup()
 
     def run(self, batch: int, prompt: int, tokens: int) -> dict[str, Any]:
         """The times of one run: `first_token_s` and the list `decode_s`."""

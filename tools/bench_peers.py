@@ -1,0 +1,254 @@
+"""Measure llama.cpp and Hugging Face transformers beside this project: the same weights, shapes and threads, in turns.
+
+python -m tools.peers setup      once: llama.cpp, apart from the project's environment (about 15 minutes)
+python -m tools.bench_peers      about half an hour; --rounds 1 for a first look
+
+In each round everyone is measured once, so that what else the machine does meets all alike; figures are medians. The
+ratios (above 1: this project is faster) go to build/bench/ratios.json, everything to build/bench/peers.json. What was
+not measured is null.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from tqdm import tqdm
+
+from engine.config import ConfigError
+from tools import peers
+from tools.bench import FOLDER, PROJECT, add_common, check_threads
+from tools.bench_engine import EngineBench, model_args, random_engine, settings
+from tools.bench_hf import Transformers, TransformersError
+from tools.bench_llamacpp import LlamaCpp
+from tools.bench_load import LoadError, Target
+from tools.bench_machine import measure_machine
+from tools.bench_report import Table, write_json
+from tools.bench_service import LENGTH, ServiceBench, Shape, torchserve
+from tools.bench_weights import GGUF_TYPES, Weights, answer_token
+
+PARTS = ("llamacpp", "hf", "http")
+BATCHES, PROMPT, TOKENS, LONG_PROMPT = (1, 8, 16), 64, 16, 512
+HF_BATCH = 8
+STREAMS, STREAM_PROMPT, STREAM_TOKENS = 16, 64, 32
+KINDS = ("bf16", "int8", "int4")
+RATIOS = (
+    *(f"decode_b{batch}_{kind}_vs_llamacpp" for batch in BATCHES for kind in KINDS),
+    *(f"prefill{LONG_PROMPT}_{kind}_vs_llamacpp" for kind in KINDS),
+    f"decode_b{HF_BATCH}_bf16_vs_hf",
+    f"http{STREAMS}_vs_engine",
+    f"http{STREAMS}_vs_llama_server",
+    "decode_b1_bf16_bandwidth_share",
+)
+TABLE = Table(
+    ("what", "what", "22"), ("who", "who", "22"), ("median", "median", "9.2f"), ("of each round", "each", "s")
+)
+
+Rates = dict[str, dict[str, list[float]]]
+
+
+class Comparison:
+    """What everyone reached in each round, by what was measured: tokens per second, unless the name says otherwise."""
+
+    def __init__(self, flags: argparse.Namespace) -> None:
+        self.flags, self.weights = flags, Weights(flags.shape)
+        self.args = model_args(flags.shape)
+        self.rates: Rates = defaultdict(lambda: defaultdict(list))
+        self.notes: dict[str, Any] = {}
+
+    def add(self, what: str, who: str, value: float) -> None:
+        """Keep one figure of one round."""
+        self.rates[what][who].append(value)
+
+    def ratio(self, what: str, ours: str, theirs: str) -> float | None:
+        """The median over the rounds of ours over theirs; None if either was not measured."""
+        pairs = list(zip(self.rates[what][ours], self.rates[what][theirs], strict=False))
+        return statistics.median(one / other for one, other in pairs) if pairs else None
+
+    def engines(self) -> None:
+        """Prompts and decode steps of the engine, llama.cpp and transformers."""
+        flags = self.flags
+        with contextlib.ExitStack() as stack:
+            ours = {kind: self._engine(kind) for kind in flags.weights}
+            cpp = {}
+            if "llamacpp" in flags.parts:
+                programs = peers.programs()
+                cpp = {kind: LlamaCpp(programs, self.weights.gguf(kind), flags.threads) for kind in flags.weights}
+            hf = self._transformers(stack) if "hf" in flags.parts and "bf16" in flags.weights else []
+            for kind, each in tqdm(cpp.items(), desc="trying llama.cpp's flags", unit="file"):
+                each.choose_flags(BATCHES, PROMPT, TOKENS, LONG_PROMPT)
+                self.notes[f"llama.cpp, {kind}"] = {
+                    "type": GGUF_TYPES[kind],
+                    "flash attention, decode": each.decode_flags,
+                    "flash attention, prompt": each.prefill_flags,
+                }
+            for _ in tqdm(range(flags.rounds), desc="engines", unit="round"):
+                for kind, bench in ours.items():
+                    self._round(kind, bench, cpp.get(kind), hf if kind == "bf16" else [])
+
+    def _engine(self, kind: str, slots: int = STREAMS, length: int = LONG_PROMPT + TOKENS) -> EngineBench:
+        config = settings(kind, slots, length, self.flags.threads)
+        bench = EngineBench(random_engine(self.args, config), self.args)
+        bench.warm_up()
+        return bench
+
+    def _transformers(self, stack: contextlib.ExitStack) -> list[Transformers]:
+        """As it comes and compiled, those of both that work; the first run of each is for its compiler."""
+        found = []
+        for compiled in (False, True) if self.flags.compile else (False,):
+            program = stack.enter_context(Transformers(self.flags.shape, self.flags.threads, compiled))
+            print(f"bench: starting {program.name}", file=sys.stderr, flush=True)
+            try:
+                program.run(HF_BATCH, PROMPT, TOKENS)
+                found.append(program)
+            except TransformersError as error:
+                self.notes[program.name] = str(error)
+        return found
+
+    def _round(self, kind: str, ours: EngineBench, cpp: LlamaCpp | None, hf: list[Transformers]) -> None:
+        for batch in BATCHES:
+            run = ours.run(batch, PROMPT, TOKENS)
+            self.add(f"decode b{batch} {kind}", "engine", run.decode_rate)
+            if batch == 1 and kind == "bf16":  # at once, as the bandwidth is shared with whatever else runs
+                machine = measure_machine(self.flags.threads, rounds=3)
+                size = ours.costs.bytes_per_step(1, PROMPT + TOKENS / 2)
+                self.add("share of bandwidth", "engine", size / run.step_s / machine.read_bytes_per_s)
+            if batch == HF_BATCH:
+                for program in hf:
+                    steps = program.run(batch, PROMPT, TOKENS)["decode_s"]
+                    self.add(f"decode b{batch} {kind}", program.name, batch / statistics.median(steps))
+        self.add(f"prefill{LONG_PROMPT} {kind}", "engine", ours.run(1, LONG_PROMPT, 1).prefill_rate)
+        if cpp is not None:
+            for batch, rate in cpp.decode(BATCHES, PROMPT, TOKENS).items():
+                self.add(f"decode b{batch} {kind}", "llama.cpp", rate)
+            self.add(f"prefill{LONG_PROMPT} {kind}", "llama.cpp", cpp.prefill(LONG_PROMPT))
+
+    def services(self) -> None:
+        """The same clients on TorchServe and on llama.cpp's server, and the engine alone; bf16."""
+        flags, kind = self.flags, flags_kind(self.flags)
+        slots, length = STREAMS + 2, STREAM_PROMPT + STREAM_TOKENS
+        with contextlib.ExitStack() as stack:
+            targets = [stack.enter_context(torchserve(self.weights, kind, slots, flags.threads))]
+            if "llamacpp" in flags.parts:
+                targets.append(stack.enter_context(self._llama_server(kind, slots)))
+            benches = [ServiceBench(target, Shape()) for target in targets]
+            engine = self._engine(kind, slots, length)
+            for bench in benches:
+                bench.warm_up(STREAMS)
+            for _ in tqdm(range(flags.rounds), desc="services", unit="round"):
+                run = engine.run(STREAMS, STREAM_PROMPT, STREAM_TOKENS)
+                self.add(f"{STREAMS} streams", "engine", run.throughput)
+                for bench in benches:
+                    figures = bench.streams(STREAMS, (STREAM_PROMPT,) * 2, (STREAM_TOKENS,) * 2)
+                    self.add(f"{STREAMS} streams", bench.target.name, figures["tokens_per_s"])
+                    self.add("gap p99, ms", bench.target.name, figures["gap_p99_ms"])
+                    self.add("first token p50, ms", bench.target.name, figures["first_token_p50_ms"])
+                    felt = bench.intrusion(HF_BATCH)
+                    self.add("gap by a prompt, steps", bench.target.name, felt["gap_in_steps"])
+                    self.add("second turn vs cold", bench.target.name, bench.second_turn(1)["second_turn_vs_cold"])
+
+    @contextlib.contextmanager
+    def _llama_server(self, kind: str, slots: int) -> Iterator[Target]:
+        note = self.notes.get(f"llama.cpp, {kind}", {})
+        options = ("--flash-attn", note.get("flash attention, decode", "on"))
+        program, threads = peers.programs()["llama-server"], self.flags.threads
+        model, context = self.weights.gguf(kind), LENGTH // 2
+        with peers.LlamaServer(program, model, *options, slots=slots, context=context, threads=threads) as server:
+            yield Target("llama-server", server.port, "/v1/completions", answer_token())
+
+    def ratios(self) -> dict[str, float | None]:
+        """The figures that a change is judged by; above 1 this project is faster."""
+        found: dict[str, float | None] = {}
+        for kind in KINDS:
+            for what in (*(f"decode_b{batch}" for batch in BATCHES), f"prefill{LONG_PROMPT}"):
+                found[f"{what}_{kind}_vs_llamacpp"] = self.ratio(
+                    f"{what.replace('_', ' ')} {kind}", "engine", "llama.cpp"
+                )
+        decode = f"decode b{HF_BATCH} bf16"
+        best = [
+            ratio
+            for who in ("transformers", "transformers, compiled")
+            if (ratio := self.ratio(decode, "engine", who)) is not None
+        ]
+        found[f"decode_b{HF_BATCH}_bf16_vs_hf"] = min(best, default=None)
+        streams = f"{STREAMS} streams"
+        found[f"http{STREAMS}_vs_engine"] = self.ratio(streams, "TorchServe", "engine")
+        found[f"http{STREAMS}_vs_llama_server"] = self.ratio(streams, "TorchServe", "llama-server")
+        shares = self.rates["share of bandwidth"]["engine"]
+        found["decode_b1_bf16_bandwidth_share"] = statistics.median(shares) if shares else None
+        return {name: found[name] for name in RATIOS}
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Every figure, for the table."""
+        for what, by_whom in self.rates.items():
+            for who, values in by_whom.items():
+                each = " ".join(f"{value:.2f}" for value in values)
+                yield {"what": what, "who": who, "median": statistics.median(values), "each": each}
+
+
+def flags_kind(flags: argparse.Namespace) -> str:
+    """What the services are compared with: bf16, unless only others are asked for."""
+    return "bf16" if "bf16" in flags.weights else flags.weights[0]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    flags = _parse(argv)
+    comparison = Comparison(flags)
+    try:
+        machine = measure_machine(flags.threads)
+        print(f"{machine}\n", flush=True)
+        comparison.engines()
+        if "http" in flags.parts:
+            comparison.services()
+    except (ConfigError, LoadError, TransformersError, peers.PeerError) as error:
+        print(f"bench_peers: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    print(TABLE.head())
+    for row in comparison.rows():
+        print(TABLE.line(row))
+    for name, note in comparison.notes.items():
+        print(f"{name}: {note}")
+    ratios = comparison.ratios()
+    print("\n" + "\n".join(f"{name:34} {'-' if value is None else f'{value:.3f}'}" for name, value in ratios.items()))
+    everything = {"machine": asdict(machine), "flags": vars(flags), "rates": comparison.rates}
+    write_json(FOLDER / "peers.json", everything | {"notes": comparison.notes, "ratios": ratios})
+    write_json(FOLDER / "ratios.json", ratios)
+    print(f"\nwritten to {FOLDER.relative_to(PROJECT)}: peers.json, ratios.json")
+    return 0
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="bench_peers",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} (default: all)")
+    add_common(parser)
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
+    flags = parser.parse_args(argv)
+    if unknown := set(flags.parts) - set(PARTS):
+        parser.error(f"{min(unknown)!r} is no part; allowed: {', '.join(PARTS)}")
+    if unknown := [kind for kind in flags.weights if kind not in KINDS]:
+        parser.error(f"--weights names {unknown[0]}, for which the peers have nothing; allowed: {', '.join(KINDS)}")
+    if flags.rounds < 1:
+        parser.error(f"--rounds is {flags.rounds}; it must be at least 1")
+    check_threads(parser, flags)
+    flags.parts = flags.parts or list(PARTS)
+    return flags
+
+
+if __name__ == "__main__":
+    sys.exit(main())
