@@ -261,6 +261,22 @@ def test_transformers_is_compared_as_whichever_is_faster():
     assert found.ratios()["decode_b8_bf16_vs_hf"] == 2.0
 
 
+def test_what_was_measured_before_an_error_is_kept(tmp_path, monkeypatch, capsys):
+    def engines(self: bench_peers.Comparison) -> None:
+        self.add("decode b1 int8", "engine", 3.0)
+        self.add("decode b1 int8", "llama.cpp", 2.0)
+        raise PeerError("llama-bench failed: no memory")
+
+    monkeypatch.setattr(bench_peers, "FOLDER", tmp_path)
+    monkeypatch.setattr(bench_peers, "PROJECT", tmp_path)
+    monkeypatch.setattr(bench_peers, "measure_machine", lambda threads: MACHINE)
+    monkeypatch.setattr(bench_peers.Comparison, "engines", engines)
+    assert bench_peers.main(["--threads", "1"]) == 1
+    ratios = json.loads((tmp_path / "ratios.json").read_text())
+    assert ratios["decode_b1_int8_vs_llamacpp"] == 1.5 and set(ratios) == set(bench_peers.RATIOS)
+    assert capsys.readouterr().err == "bench_peers: error: llama-bench failed: no memory\n"
+
+
 def program(path: Path, text: str) -> Path:
     path.write_text(f"#!{sys.executable}\nimport json, sys\nwords = sys.argv\n{text}")
     path.chmod(0o755)

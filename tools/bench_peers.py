@@ -28,7 +28,7 @@ from tools.bench_engine import EngineBench, model_args, random_engine, settings
 from tools.bench_hf import Transformers, TransformersError
 from tools.bench_llamacpp import LlamaCpp
 from tools.bench_load import LoadError, Target
-from tools.bench_machine import measure_machine
+from tools.bench_machine import Machine, measure_machine
 from tools.bench_report import Table, write_json
 from tools.bench_service import LENGTH, ServiceBench, Shape, torchserve
 from tools.bench_weights import GGUF_TYPES, Weights, answer_token
@@ -68,7 +68,8 @@ class Comparison:
 
     def ratio(self, what: str, ours: str, theirs: str) -> float | None:
         """The median over the rounds of ours over theirs; None if either was not measured."""
-        pairs = list(zip(self.rates[what][ours], self.rates[what][theirs], strict=False))
+        found = self.rates.get(what, {})
+        pairs = list(zip(found.get(ours, ()), found.get(theirs, ()), strict=False))
         return statistics.median(one / other for one, other in pairs) if pairs else None
 
     def engines(self) -> None:
@@ -180,7 +181,7 @@ class Comparison:
         streams = f"{STREAMS} streams"
         found[f"http{STREAMS}_vs_engine"] = self.ratio(streams, "TorchServe", "engine")
         found[f"http{STREAMS}_vs_llama_server"] = self.ratio(streams, "TorchServe", "llama-server")
-        shares = self.rates["share of bandwidth"]["engine"]
+        shares = self.rates.get("share of bandwidth", {}).get("engine")
         found["decode_b1_bf16_bandwidth_share"] = statistics.median(shares) if shares else None
         return {name: found[name] for name in RATIOS}
 
@@ -199,8 +200,8 @@ def flags_kind(flags: argparse.Namespace) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    flags = _parse(argv)
-    comparison = Comparison(flags)
+    flags, status = _parse(argv), 0
+    comparison, machine = Comparison(flags), None
     try:
         machine = measure_machine(flags.threads)
         print(f"{machine}\n", flush=True)
@@ -209,22 +210,34 @@ def main(argv: list[str] | None = None) -> int:
             comparison.services()
     except (ConfigError, LoadError, TransformersError, peers.PeerError) as error:
         print(f"bench_peers: error: {error}", file=sys.stderr)
-        return 1
+        status = 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        status = 130
+    if comparison.rates:  # also after an error: it took long to get that far
+        _tell(comparison)
+        _write(comparison, machine)
+    return status
+
+
+def _tell(comparison: Comparison) -> None:
     print(TABLE.head())
     for row in comparison.rows():
         print(TABLE.line(row))
     for name, note in comparison.notes.items():
-        print(f"{name}: {note}")
+        said = ", ".join(f"{key} {value}" for key, value in note.items()) if isinstance(note, dict) else note
+        print(f"{name}: {said}")
+    print()
+    for name, value in comparison.ratios().items():
+        print(f"{name:34} {'-' if value is None else f'{value:.3f}'}")
+
+
+def _write(comparison: Comparison, machine: Machine) -> None:
     ratios = comparison.ratios()
-    print("\n" + "\n".join(f"{name:34} {'-' if value is None else f'{value:.3f}'}" for name, value in ratios.items()))
-    everything = {"machine": asdict(machine), "flags": vars(flags), "rates": comparison.rates}
+    everything = {"machine": asdict(machine), "flags": vars(comparison.flags), "rates": comparison.rates}
     write_json(FOLDER / "peers.json", everything | {"notes": comparison.notes, "ratios": ratios})
     write_json(FOLDER / "ratios.json", ratios)
     print(f"\nwritten to {FOLDER.relative_to(PROJECT)}: peers.json, ratios.json")
-    return 0
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
