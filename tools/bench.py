@@ -47,9 +47,11 @@ def bench_engine(flags: argparse.Namespace, machine: Machine) -> Row:
     batches = flags.batch or (QUICK_BATCHES if flags.quick else BATCHES)
     contexts = [QUICK_LONG_PROMPT] if flags.quick else flags.context
     length = max(*contexts, PROMPT) + max(TOKENS, CONTEXT_TOKENS)
+    together = max(batches) * (QUICK_PROMPT if flags.quick else PROMPT)
     print(ENGINE.head(), flush=True)
     for weights in flags.weights:
-        engine = random_engine(args, settings(weights, max(batches), length, flags.threads, flags.kernels))
+        config = settings(weights, max(batches), length, flags.threads, flags.kernels, together)
+        engine = random_engine(args, config)
         bench = EngineBench(engine, args)
         bench.warm_up()
         for row in _quick_rows(bench, batches, machine) if flags.quick else _rows(bench, batches, contexts, machine):

@@ -56,6 +56,7 @@ class Run:
     @property
     def step_s(self) -> float:
         """The median decode step, which a busy neighbour moves least."""
+        assert self.decode_s, "the whole batch was never decoding"
         return statistics.median(self.decode_s)
 
     @property
@@ -80,13 +81,18 @@ def costs(shape: str, weights: str, slots: int, length: int) -> Costs:
     return Costs(args, Limits.settle(settings(weights, slots, length, None), args, "cpu"))
 
 
-def settings(weights: str, slots: int, length: int, threads: int | None, kernels: str = "auto") -> EngineConfig:
-    """What the engine is started with for a kind of weights."""
+def settings(
+    weights: str, slots: int, length: int, threads: int | None, kernels: str = "auto", together: int = 0
+) -> EngineConfig:
+    """What the engine is started with for a kind of weights; `together` are tokens that fit into one step.
+
+    A batch whose prompts fit into its first step decodes together from then on, however prompts share later steps.
+    """
     dtype, quantization = WEIGHTS[weights]
     return EngineConfig(
         max_seq_len=length,
         max_batch_size=slots,
-        max_tokens_per_step=max(TOKENS_PER_STEP, slots),
+        max_tokens_per_step=max(TOKENS_PER_STEP, slots, together),
         dtype=dtype,
         quantization=quantization,
         threads=threads,

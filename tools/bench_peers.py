@@ -76,7 +76,8 @@ class Comparison:
         """Prompts and decode steps of the engine, llama.cpp and transformers."""
         flags = self.flags
         with contextlib.ExitStack() as stack:
-            ours = {kind: self._engine(kind) for kind in flags.weights}
+            together = max(BATCHES) * PROMPT
+            ours = {kind: self._engine(kind, max(BATCHES), LONG_PROMPT + TOKENS, together) for kind in flags.weights}
             cpp = {}
             if "llamacpp" in flags.parts:
                 programs = peers.programs()
@@ -93,8 +94,8 @@ class Comparison:
                 for kind, bench in ours.items():
                     self._round(kind, bench, cpp.get(kind), hf if kind == "bf16" else [])
 
-    def _engine(self, kind: str, slots: int = STREAMS, length: int = LONG_PROMPT + TOKENS) -> EngineBench:
-        config = settings(kind, slots, length, self.flags.threads)
+    def _engine(self, kind: str, slots: int, length: int, together: int = 0) -> EngineBench:
+        config = settings(kind, slots, length, self.flags.threads, together=together)
         bench = EngineBench(random_engine(self.args, config), self.args)
         bench.warm_up()
         return bench
