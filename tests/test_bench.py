@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import math
 import sys
-from collections.abc import Awaitable, Callable
+import threading
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +228,36 @@ def test_arrivals_and_shared_beginnings_are_as_asked_and_the_same_for_a_seed():
     assert len({each.prompt[:5] for each in asks}) == 1 and {len(each.prompt) for each in asks} == {9, 10, 11, 12, 13}
     times = [each.at for each in asks]
     assert times == sorted(times) and 2.5 < times[-1] < 10.0
+
+
+@pytest.fixture
+def endpoint() -> Iterator[Target]:
+    """The same server in a thread, for what has event loops of its own."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    server = asyncio.run_coroutine_threadsafe(
+        asyncio.start_server(Completions().answer, "127.0.0.1", 0, limit=1 << 20), loop
+    ).result()
+    yield Target("a server", server.sockets[0].getsockname()[1], "/v1/completions", 262)
+    loop.call_soon_threadsafe(server.close)
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+
+
+def test_the_services_part_has_a_row_for_each_load(endpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "FOLDER", tmp_path)
+    monkeypatch.setattr(bench, "PROJECT", tmp_path)
+    monkeypatch.setattr(bench, "measure_machine", lambda threads: MACHINE)
+    monkeypatch.setattr(bench, "torchserve", lambda *_: contextlib.nullcontext(endpoint))
+    words = ["service", "--shape", "tiny", "--streams", "1,2", "--rate", "100,200", "--requests", "2", "--threads", "1"]
+    assert bench.main(words) == 0
+    results = json.loads((tmp_path / "bench.json").read_text())
+    loads = ["1 stream", "2 streams", "Poisson, 100/s", "Poisson, 200/s", "2 at once, 256 shared"]
+    assert [row["load"] for row in results["service"]] == loads
+    assert results["intrusion"]["prompt"] == 512 and results["chat"]["history"] == 400
+    assert "second turn of a chat of 400 tokens" in capsys.readouterr().out
 
 
 def test_prompts_and_answers_are_of_whole_words():

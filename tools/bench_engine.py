@@ -65,6 +65,11 @@ class Run:
         return self.batch / self.step_s
 
     @property
+    def mean_decode_rate(self) -> float:
+        """Tokens per second over all decode steps, as others state it; a busy neighbour counts."""
+        return self.batch * len(self.decode_s) / sum(self.decode_s)
+
+    @property
     def throughput(self) -> float:
         """All generated tokens over the wall time, prompts included."""
         return self.batch * self.tokens / self.wall_s

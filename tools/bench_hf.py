@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import inspect
 import json
 import os
 import signal
@@ -105,10 +106,15 @@ class Generation:
 
     def __init__(self, model: torch.nn.Module, compiled: bool) -> None:
         self._model, self._compiled = model, compiled
+        # It had another name in earlier releases of transformers 5.
+        named = inspect.signature(type(model).forward).parameters
+        self._cache_name = "cache" if "cache" in named else "past_key_values"
         self._step = torch.compile(self._decode, dynamic=False) if compiled else self._decode
 
-    def _decode(self, ids_B1: Tensor, cache: Any) -> Tensor:
-        return self._model(ids_B1, past_key_values=cache, use_cache=True).logits[:, -1].argmax(-1, keepdim=True)
+    def _decode(self, ids_BS: Tensor, cache: Any) -> Tensor:
+        """The next token of every sequence."""
+        known = {self._cache_name: cache}
+        return self._model(ids_BS, use_cache=True, logits_to_keep=1, **known).logits[:, -1].argmax(-1, keepdim=True)
 
     @torch.inference_mode()
     def run(self, batch: int, prompt: int, tokens: int) -> dict[str, Any]:
@@ -121,8 +127,7 @@ class Generation:
         cache = StaticCache(config=config, max_cache_len=length) if self._compiled else DynamicCache(config=config)
         ids = torch.randint(3, config.vocab_size, (batch, prompt))
         started = time.perf_counter()
-        logits = self._model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-        token = logits[:, -1].argmax(-1, keepdim=True)
+        token = self._decode(ids, cache)
         before = time.perf_counter()
         first, decode = before - started, []
         for _ in range(tokens - 1):

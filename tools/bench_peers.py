@@ -1,7 +1,7 @@
 """Measure llama.cpp and Hugging Face transformers beside this project: the same weights, shapes and threads, in turns.
 
 python -m tools.peers setup      once: llama.cpp, apart from the project's environment (about 15 minutes)
-python -m tools.bench_peers      about half an hour; --rounds 1 for a first look
+python -m tools.bench_peers      about 40 minutes; --rounds 1 for a first look
 
 In each round everyone is measured once, so that what else the machine does meets all alike; figures are medians. The
 ratios (above 1: this project is faster) go to build/bench/ratios.json, everything to build/bench/peers.json. What was
@@ -116,7 +116,7 @@ class Comparison:
     def _round(self, kind: str, ours: EngineBench, cpp: LlamaCpp | None, hf: list[Transformers]) -> None:
         for batch in BATCHES:
             run = ours.run(batch, PROMPT, TOKENS)
-            self.add(f"decode b{batch} {kind}", "engine", run.decode_rate)
+            self.add(f"decode b{batch} {kind}", "engine", run.mean_decode_rate)
             if batch == 1 and kind == "bf16":  # at once, as the bandwidth is shared with whatever else runs
                 machine = measure_machine(self.flags.threads, rounds=3)
                 size = ours.costs.bytes_per_step(1, PROMPT + TOKENS / 2)
@@ -124,7 +124,7 @@ class Comparison:
             if batch == HF_BATCH:
                 for program in hf:
                     steps = program.run(batch, PROMPT, TOKENS)["decode_s"]
-                    self.add(f"decode b{batch} {kind}", program.name, batch / statistics.median(steps))
+                    self.add(f"decode b{batch} {kind}", program.name, batch / statistics.mean(steps))
         self.add(f"prefill{LONG_PROMPT} {kind}", "engine", ours.run(1, LONG_PROMPT, 1).prefill_rate)
         if cpp is not None:
             for batch, rate in cpp.decode(BATCHES, PROMPT, TOKENS).items():
@@ -134,7 +134,7 @@ class Comparison:
     def services(self) -> None:
         """The same clients on TorchServe and on llama.cpp's server, and the engine alone; bf16."""
         flags, kind = self.flags, flags_kind(self.flags)
-        slots, length = STREAMS + 2, STREAM_PROMPT + STREAM_TOKENS
+        slots, length = STREAMS, STREAM_PROMPT + STREAM_TOKENS
         with contextlib.ExitStack() as stack:
             targets = [stack.enter_context(torchserve(self.weights, kind, slots, flags.threads))]
             if "llamacpp" in flags.parts:
