@@ -181,6 +181,11 @@ static void attend_single_of(const Cache& cache, int64_t slot, int64_t head, int
     for (int64_t t = 0; t < count; t += LANES) {
         const char* key[LANES];  // the last one again where there are fewer
         for (int i = 0; i < LANES; i++) key[i] = keys + std::min(t + i, position) * width * size;
+        // Keys that come soon, and the values that these ones' weights are for.
+        for (int64_t line = 0; line < LANES * width * size; line += 64) {
+            _mm_prefetch(keys + (t + 2 * LANES) * width * size + line, _MM_HINT_T0);
+            _mm_prefetch(values + t * width * size + line, _MM_HINT_T1);
+        }
         for (int64_t g = 0; g < group; g++)
             store(scores + g * padded + t,
                   score_sixteen<KIND>(queries + g * width, pairs + g * words, key, width) * all(scale));

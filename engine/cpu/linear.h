@@ -365,9 +365,9 @@ template <int KIND>
 static void panels_of(const Matrix& w, const Activations& a, int64_t tokens, int64_t first, int64_t last, float* y,
                       int64_t stride, bool add) {
 #ifdef WIDE
-    // Up to sixteen at once, so that weights come from memory in one pass; more are a matter of computing, which goes
-    // best with six.
-    const int64_t most = tokens <= 16 ? 16 : 6;
+    // Up to sixteen at once, so that weights come from memory in one pass (int4 are few and wait for less); more are a
+    // matter of computing, which goes best with six.
+    const int64_t most = tokens > 16 ? 6 : KIND == INT4 ? 8 : 16;
 #else
     constexpr int64_t most = KIND == INT4 ? 4 : 6;
 #endif
