@@ -339,6 +339,7 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--max-seq-len", type=int, metavar="N", help="longest prompt plus answer, in tokens")
     model.add_argument("--max-batch-size", type=int, metavar="N", help="how many requests run at once")
     model.add_argument("--max-tokens-per-step", type=int, default=512, metavar="N", help="prompt tokens in one step")
+    model.add_argument("--no-prefix-reuse", action="store_true", help="compute every prompt from its first token")
     model.add_argument("--threads", type=int, metavar="N", help="CPU threads per rank (default: by model and cores)")
     model.add_argument("--no-verify", action="store_true", help="do not compare the checkpoint with its hashes")
     draw = parser.add_argument_group("sampling")
@@ -403,6 +404,7 @@ def run(flags: argparse.Namespace, launch: Launch) -> None:
         max_seq_len=flags.max_seq_len,
         max_batch_size=flags.max_batch_size,
         max_tokens_per_step=flags.max_tokens_per_step,
+        prefix_reuse=not flags.no_prefix_reuse,
         device=flags.device,
         dtype=flags.dtype,
         quantization=flags.quantization,

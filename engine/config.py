@@ -66,6 +66,7 @@ class EngineConfig:
     max_seq_len: int | None = None
     max_batch_size: int | None = None
     max_tokens_per_step: int = 512
+    prefix_reuse: bool = True
     device: str = "auto"
     dtype: str = "auto"
     quantization: str = "none"
@@ -92,8 +93,9 @@ class EngineConfig:
         fraction = self.memory_fraction
         if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 1:
             raise ConfigError(f"memory_fraction is {fraction!r}; it must be above 0 and at most 1")
-        if not isinstance(self.verify_checkpoint, bool):
-            raise ConfigError(f"verify_checkpoint is {self.verify_checkpoint!r}; it must be true or false")
+        for name in ("prefix_reuse", "verify_checkpoint"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be true or false")
         if self.max_batch_size is not None and self.max_tokens_per_step < self.max_batch_size:
             raise ConfigError(
                 f"max_tokens_per_step is {self.max_tokens_per_step}; it must be at least max_batch_size "

@@ -13,13 +13,13 @@ from torch import Tensor
 from engine.checkpoint import Checkpoint, open_checkpoint
 from engine.config import EngineConfig, RequestError
 from engine.cpu.runner import CpuRunner
-from engine.kv_cache import SlotPool
 from engine.loader import Limits, choose_threads, preflight
 from engine.parallel import Launch, Ranks, choose_device
 from engine.runner import Runner, load_runner
 from engine.sampler import finite_rows, token_logprobs
 from engine.scheduler import Scheduler, Segment, StepPlan
 from engine.sequence import FinishReason, SamplingParams, Sequence, TokenLogprobs
+from engine.slots import SlotPool
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class Engine:
 
     def __init__(self, runner: Runner | CpuRunner, limits: Limits, ranks: Ranks, vocab_size: int) -> None:
         self.limits, self.ranks, self.vocab_size = limits, ranks, vocab_size
-        self.slots = SlotPool(limits.max_batch_size)
+        self.slots = SlotPool(limits.max_batch_size, limits.prefix_reuse)
         self.steps = 0
         self._runner = runner
         self._scheduler = Scheduler(self.slots, limits.max_tokens_per_step)
@@ -160,6 +160,7 @@ class Engine:
         row = 0
         for segment, sequence in zip(segments, sequences, strict=True):
             first, row = row, row + segment.logits
+            self.slots.note(segment.slot, segment.start, segment.tokens)
             if sequence.finished:  # cancelled while the step ran
                 continue
             if not all(finite[first:row]):
@@ -210,4 +211,5 @@ class Engine:
             f" (dtype {self.limits.dtype}); a wider dtype may help"
         )
         self._scheduler.scrub(slot)
+        self.slots.forget(slot)
         log.warning("sequence %d ended: %s", sequence.number, sequence.error)

@@ -6,36 +6,13 @@ head, Q = K * G, T cached positions, S tokens of one chunk, H head width.
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence as Ordered
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.scheduler import Segment
-
-
-class SlotPool:
-    """The free slots; the lowest goes first, so that busy slots stay next to one another."""
-
-    def __init__(self, slots: int) -> None:
-        self.slots = slots
-        self._free = list(range(slots))
-
-    @property
-    def free(self) -> int:
-        """How many slots nobody holds."""
-        return len(self._free)
-
-    def acquire(self) -> int | None:
-        """A slot to own until it is released, or None when all are taken."""
-        return heapq.heappop(self._free) if self._free else None
-
-    def release(self, slot: int) -> None:
-        """Give a slot back."""
-        assert slot not in self._free, f"slot {slot} was released twice"
-        heapq.heappush(self._free, slot)
+from engine.scheduler import Copy, Segment
 
 
 class KVCache:
@@ -61,6 +38,12 @@ class KVCache:
         for slot in slots:
             self.keys_LBKTH[:, slot].zero_()
             self.values_LBKTH[:, slot].zero_()
+
+    def copy(self, copies: Ordered[Copy]) -> None:
+        """Give slots the beginnings of others, one after the other."""
+        for copy in copies:
+            for cache_LBKTH in (self.keys_LBKTH, self.values_LBKTH):
+                cache_LBKTH[:, copy.target, :, : copy.tokens] = cache_LBKTH[:, copy.source, :, : copy.tokens]
 
     def begin(self, segments: Ordered[Segment], positions_N: Tensor) -> None:
         """Say where the next step's tokens go: single tokens first, by slot, then chunks."""

@@ -36,6 +36,7 @@ class Limits:
     quantization: str = "none"
     native: bool = False
     """Whether the CPU's own kernels compute the steps."""
+    prefix_reuse: bool = True
 
     @property
     def scheme(self) -> Scheme | None:
@@ -53,7 +54,8 @@ class Limits:
         dtype = choose_dtype(config.dtype, args, device)
         length = config.max_seq_len or args.max_seq_len
         native = choose_native(config.kernels, args, device)
-        return cls(length, slots, config.max_tokens_per_step, dtype, config.quantization, native)
+        sizes = (length, slots, config.max_tokens_per_step)
+        return cls(*sizes, dtype, config.quantization, native, config.prefix_reuse)
 
 
 @dataclass(frozen=True)

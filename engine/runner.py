@@ -42,6 +42,7 @@ class Runner:
             rows += range(len(tokens) - segment.logits, len(tokens))
         positions_N = torch.tensor(positions, device=self._device)
         self.cache.scrub(plan.scrub)
+        self.cache.copy(plan.copies)
         self.cache.begin(plan.segments, positions_N)
         return self.model(
             torch.tensor(tokens, device=self._device),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from engine.sequence import Sequence
+from engine.slots import Place
 
 # Rows of prompts whose logits one step may ask for: logits are as wide as the vocabulary, so they need a bound.
 MAX_PROMPT_LOGIT_ROWS = 128
@@ -17,7 +18,7 @@ MAX_PROMPT_LOGIT_ROWS = 128
 class Capacity(Protocol):
     """What the scheduler asks of the cache."""
 
-    def acquire(self) -> int | None: ...
+    def acquire(self, tokens: Ordered[int]) -> Place | None: ...
 
     def release(self, slot: int) -> None: ...
 
@@ -33,15 +34,30 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True)
+class Copy:
+    """The first `tokens` positions of one slot, to be put into another."""
+
+    source: int
+    target: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class StepPlan:
-    """What every rank computes next: single tokens first, by slot, then chunks; `scrub` are slots to clear before."""
+    """What every rank computes next: single tokens first, by slot, then chunks.
+
+    Before that every rank clears the slots of `scrub`, then makes the copies, in order.
+    """
 
     segments: tuple[Segment, ...]
     scrub: tuple[int, ...] = ()
+    copies: tuple[Copy, ...] = ()
 
     def to_numbers(self) -> list[int]:
         """The plan as whole numbers, to travel between ranks."""
-        numbers = [len(self.segments), len(self.scrub), *self.scrub]
+        numbers = [len(self.segments), len(self.scrub), len(self.copies), *self.scrub]
+        for copy in self.copies:
+            numbers += (copy.source, copy.target, copy.tokens)
         for segment in self.segments:
             numbers += (segment.slot, segment.start, len(segment.tokens), segment.logits, *segment.tokens)
         return numbers
@@ -49,19 +65,21 @@ class StepPlan:
     @classmethod
     def from_numbers(cls, numbers: Ordered[int]) -> StepPlan:
         """The plan that `to_numbers` gave; anything behind its end is ignored."""
-        count, at = numbers[0], 2 + numbers[1]
-        scrub, segments = tuple(numbers[2:at]), []
+        count, at = numbers[0], 3 + numbers[1]
+        scrub, segments = tuple(numbers[3:at]), []
+        copies = tuple(Copy(*numbers[place : place + 3]) for place in range(at, at + 3 * numbers[2], 3))
+        at += 3 * numbers[2]
         for _ in range(count):
             slot, start, length, logits = numbers[at : at + 4]
             at += 4
             segments.append(Segment(slot, start, tuple(numbers[at : at + length]), logits))
             at += length
-        return cls(tuple(segments), scrub)
+        return cls(tuple(segments), scrub, copies)
 
     @staticmethod
     def most_numbers(max_batch_size: int, max_tokens_per_step: int) -> int:
         """How many numbers the largest plan takes."""
-        return 2 + max_batch_size + 4 * max_batch_size + max_tokens_per_step
+        return 3 + (1 + 3 + 4) * max_batch_size + max_tokens_per_step
 
 
 class Scheduler:
@@ -73,6 +91,7 @@ class Scheduler:
         self._capacity = capacity
         self._max_tokens = max_tokens_per_step
         self._scrub: list[int] = []
+        self._copies: list[Copy] = []
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence behind all that came before."""
@@ -99,9 +118,10 @@ class Scheduler:
         if not chosen:
             return None
         scrub, self._scrub = tuple(self._scrub), []
+        copies, self._copies = tuple(self._copies), []
         # A one-token prompt is a single too, and the cache wants those in front, by slot.
         chosen.sort(key=lambda pair: (len(pair[1].tokens) > 1, pair[1].slot))
-        return StepPlan(tuple(segment for _, segment in chosen), scrub), [sequence for sequence, _ in chosen]
+        return StepPlan(tuple(segment for _, segment in chosen), scrub, copies), [sequence for sequence, _ in chosen]
 
     def reap(self) -> None:
         """Free the slots of all sequences that ended."""
@@ -118,11 +138,17 @@ class Scheduler:
         self._scrub.append(slot)
 
     def _admit(self) -> bool:
-        slot = self._capacity.acquire()
-        if slot is None:
+        sequence = self.waiting[0]
+        # Something is always left to compute, as logits are not kept; who wants the prompt's needs all of it.
+        place = self._capacity.acquire(() if sequence.wants_prompt_logprobs else sequence.tokens[:-1])
+        if place is None:
             return False
-        sequence = self.waiting.popleft()
-        sequence.slot = slot
+        self.waiting.popleft()
+        if place.source is not None:
+            self._copies.append(Copy(place.source, place.slot, place.kept))
+        sequence.slot, sequence.computed = place.slot, place.kept
+        if sequence.admitted_at is None:  # what one that was suspended finds again is its own
+            sequence.cached = place.kept
         sequence.admitted_at = time.monotonic()
         self.running.append(sequence)
         return True

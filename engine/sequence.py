@@ -106,6 +106,7 @@ class Sequence:
         self.tokens = list(prompt)
         self.prompt_length = len(prompt)
         self.computed = 0  # tokens whose keys and values are in the cache
+        self.cached = 0  # tokens of the prompt that were in the cache before it came
         self.slot: int | None = None
         self.admitted_at: float | None = None  # by the monotonic clock
         self.limit = 0  # tokens at which it ends with LENGTH; set on admission to the engine

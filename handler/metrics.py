@@ -28,6 +28,7 @@ class ServiceMetrics:
         usage, times = session.usage, session.times
         self._add("counter", "llama_requests_total", 1, outcome)
         self._add("counter", "llama_prompt_tokens_total", usage.prompt_tokens)
+        self._add("counter", "llama_prompt_tokens_cached_total", usage.cached_tokens)
         self._add("counter", "llama_generation_tokens_total", usage.completion_tokens)
         now = time.monotonic()
         self._add("histogram", "llama_e2e_latency_seconds", now - times.arrived)

@@ -41,6 +41,11 @@ def event(value: Any) -> bytes:
     return b"data: " + to_json(value) + b"\n\n"
 
 
+def usage_json(usage: Usage) -> dict[str, Any]:
+    """What a request took, as OpenAI writes it."""
+    return usage.totals() | {"prompt_tokens_details": {"cached_tokens": usage.cached_tokens}}
+
+
 def token_bytes(tokenizer: Tokenizer, id: int) -> bytes:
     """A token's bytes; a model's vocabulary may be padded beyond its tokenizer's, with tokens that have none."""
     return tokenizer.token_bytes(id) if id < tokenizer.vocab_size else b""
@@ -74,7 +79,7 @@ class _OpenAIRenderer:
         """The usage, if asked for, and the end mark."""
         if not self._format.include_usage:
             return DONE
-        return event(self._envelope(self.chunk_object, []) | {"usage": usage.to_json()}) + DONE
+        return event(self._envelope(self.chunk_object, []) | {"usage": usage_json(usage)}) + DONE
 
     def error(self, error: RequestError) -> bytes:
         """An event that clients raise, and the end mark for those that wait for it."""
@@ -83,7 +88,7 @@ class _OpenAIRenderer:
     def whole(self, choices: Sequence[Choice], usage: Usage) -> bytes:
         """One object with all choices."""
         rendered = [self._whole_choice(index, choice) for index, choice in enumerate(choices)]
-        return to_json(self._envelope(self.whole_object, rendered) | {"usage": usage.to_json()})
+        return to_json(self._envelope(self.whole_object, rendered) | {"usage": usage_json(usage)})
 
     def _whole_choice(self, index: int, choice: Choice) -> dict[str, Any]:
         raise NotImplementedError

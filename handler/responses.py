@@ -72,14 +72,20 @@ class Usage:
 
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
+    """Of the prompts, what was in the cache already."""
 
-    def to_json(self) -> dict[str, int]:
-        """As every API here writes it."""
+    def totals(self) -> dict[str, int]:
+        """What every API here writes alike."""
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
         }
+
+    def to_json(self) -> dict[str, int]:
+        """All of it in one row; OpenAI's API has it nested."""
+        return self.totals() | {"cached_tokens": self.cached_tokens}
 
 
 class Renderer(Protocol):

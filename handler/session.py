@@ -111,7 +111,9 @@ class Session:
     def usage(self) -> Usage:
         """Tokens in and out; a prompt counts once, however many answers it gets."""
         prompts = sum(map(len, self.generation.prompts))
-        return Usage(prompts, sum(len(answer.ids) for answer in self._answers))
+        # Of several answers to a prompt the first is the one that may have found it new.
+        cached = sum(sequence.cached for sequence in self.sequences[:: self.generation.n])
+        return Usage(prompts, sum(len(answer.ids) for answer in self._answers), cached)
 
     @property
     def running(self) -> bool:

@@ -31,6 +31,7 @@ FORBIDDEN = {
     "engine": {"formats", *TEXT, "sentencepiece", "tiktoken", "tokenizers", "yaml"},
     "engine/scheduler.py": {"torch"},
     "engine/sequence.py": {"torch"},
+    "engine/slots.py": {"torch"},
     "handler": {"formats", "checkpoint_converter", "generate", "demo", "tools"},
 }
 

@@ -15,8 +15,14 @@ MODEL = model_of(TINY, random_weights(TINY, seed=11))
 SCHEDULES = 500
 
 
-def random_request(rng: random.Random) -> tuple[list[int], SamplingParams]:
-    prompt = [rng.randrange(TINY.vocab_size) for _ in range(rng.choice((1, 2, 5, 17, 30)))]
+def random_tokens(rng: random.Random, count: int) -> list[int]:
+    return [rng.randrange(TINY.vocab_size) for _ in range(count)]
+
+
+def random_request(rng: random.Random, beginnings: list[list[int]]) -> tuple[list[int], SamplingParams]:
+    prompt = random_tokens(rng, rng.choice((1, 2, 5, 17, 30)))
+    if rng.random() < 0.7:
+        prompt = rng.choice(beginnings)[: rng.choice((20, 25, 40))] + random_tokens(rng, rng.choice((0, 1, 8)))
     greedy = rng.random() < 0.5
     params = SamplingParams(
         max_tokens=rng.randint(1, 12),
@@ -43,9 +49,10 @@ KERNELS = pytest.mark.parametrize(
 def test_500_random_schedules_give_every_survivor_what_it_gets_alone(choices: dict) -> None:
     schedules = SCHEDULES // 5 if "quantization" in choices else SCHEDULES
     rng = random.Random(12)
-    pool = [random_request(rng) for _ in range(60)]
+    beginnings = [random_tokens(rng, 40) for _ in range(3)]
+    pool = [random_request(rng, beginnings) for _ in range(60)]
     expected = [alone(MODEL, prompt, params, limits(**choices)) for prompt, params in pool]
-    survivors = cancelled = 0
+    survivors = cancelled = reused = 0
     for _ in range(schedules):
         slots = rng.randint(1, 5)
         budget = rng.choice((slots, 8, 16, 64))
@@ -63,6 +70,7 @@ def test_500_random_schedules_give_every_survivor_what_it_gets_alone(choices: di
             step += 1
         assert engine.slots.free == slots
         for index, sequence in sequences:
+            reused += sequence.cached > 0
             generated = sequence.tokens[sequence.prompt_length :]
             if sequence.finish_reason is FinishReason.CANCELLED:
                 cancelled += 1
@@ -70,7 +78,38 @@ def test_500_random_schedules_give_every_survivor_what_it_gets_alone(choices: di
             else:
                 survivors += 1
                 assert generated == expected[index]
-    assert survivors > 3 * schedules and cancelled > schedules / 5
+    assert survivors > 3 * schedules and cancelled > schedules / 5 and reused > schedules / 2
+
+
+@KERNELS
+def test_a_chats_next_turn_and_a_common_beginning_are_computed_once(choices: dict) -> None:
+    rng = random.Random(2)
+    chosen = limits(slots=3, **choices)
+    engine, params = engine_of(MODEL, chosen), SamplingParams(max_tokens=4, temperature=0.0)
+    first = engine.add(random_tokens(rng, 30), params)
+    answer = finish(engine, first)
+    prompts = [first.tokens + random_tokens(rng, 5), first.tokens[:25] + random_tokens(rng, 9)]
+    turn, other = (engine.add(prompt, params) for prompt in prompts)
+    unshared = engine.add(prompts[0], SamplingParams(max_tokens=4, temperature=0.0, prompt_logprobs=0))
+    found = [finish(engine, sequence) for sequence in (turn, other, unshared)]
+    # The last token of an answer is drawn and not computed.
+    assert (first.cached, turn.cached, other.cached, unshared.cached) == (0, 30 + len(answer) - 1, 25, 0)
+    assert found == [alone(MODEL, prompt, params, chosen) for prompt in (*prompts, prompts[0])]
+    switched_off = engine_of(MODEL, limits(prefix_reuse=False, **choices))
+    again = [switched_off.add(first.tokens[:30], params) for _ in range(2)]
+    assert [finish(switched_off, sequence) for sequence in again] == [answer, answer]
+    assert [sequence.cached for sequence in again] == [0, 0]
+
+
+def test_what_a_cancelled_sequence_computed_is_of_use_to_the_next() -> None:
+    prompt, params = list(range(1, 41)), SamplingParams(max_tokens=5, temperature=0.0)
+    engine = engine_of(MODEL, limits(slots=2, max_tokens_per_step=24))
+    cancelled = engine.add(prompt, params)
+    engine.step()
+    engine.cancel(cancelled)
+    sequence = engine.add(prompt, params)
+    assert finish(engine, sequence) == alone(MODEL, prompt, params)
+    assert (sequence.cached, sequence.slot, engine.slots.free) == (24, None, 2)
 
 
 def test_admission_follows_the_order_of_arrival() -> None:
@@ -178,6 +217,7 @@ def test_numbers_that_are_not_finite_end_their_own_sequence_and_spare_the_next_i
     assert finish(engine, good) == alone(MODEL, [3, 2, 1], good.params)
     assert bad.finish_reason is FinishReason.ERROR and "not finite at position" in bad.error
     params = SamplingParams(max_tokens=8, temperature=0.0, logit_bias={13: -100.0})
+    assert finish(engine, again := engine.add(bad.tokens, bad.params)) == [] and again.cached == 0
     # The second is longer, so what lies behind the first one's tokens in its slot is masked but still multiplied.
     pair = [engine.add([8, 8, 8], params), engine.add([9] * 12, params)]
     assert [finish(engine, sequence) for sequence in pair] == [

@@ -89,6 +89,19 @@ def test_a_streamed_answer_comes_in_lines_and_ends_with_reason_and_usage(fronten
     assert job.lines[-1]["usage"]["completion_tokens"] == sum(len(line.get("ids", ())) for line in job.lines)
 
 
+def test_the_next_turn_of_a_chat_is_answered_from_what_the_cache_keeps(frontend: FakeFrontend) -> None:
+    first = frontend.post({**FRANCE, "n": 2, "stream": False})
+    frontend.run(first)
+    dialog = [*FRANCE["dialog"], {"role": "assistant", "content": ANSWER}, {"role": "user", "content": "Hello!"}]
+    frontend.metrics.told.clear()
+    turn = frontend.post({**FRANCE, "dialog": dialog, "n": 2, "stream": False})
+    frontend.run(turn)
+    usage = json.loads(turn.text)["usage"]
+    assert json.loads(first.text)["usage"]["prompt_tokens"] <= usage["cached_tokens"] < usage["prompt_tokens"]
+    told = {name: value for name, value, _ in frontend.metrics.told}
+    assert told["llama_prompt_tokens_cached_total"] == usage["cached_tokens"]
+
+
 def test_a_long_answer_comes_in_many_chunks(frontend: FakeFrontend) -> None:
     job = frontend.post({**LONG, "max_new_tokens": 1000})
     frontend.run(job)

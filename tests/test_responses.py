@@ -249,6 +249,17 @@ def test_usage_comes_in_a_last_chunk_without_choices_when_asked_for(service: Ser
         assert last["choices"] == [] and last["usage"] == whole["usage"]
 
 
+def test_tokens_that_were_in_the_cache_stand_where_each_api_has_them(service: Service) -> None:
+    counts, usage = {"prompt_tokens": 20, "completion_tokens": 3, "total_tokens": 23}, Usage(20, 3, 16)
+    details = counts | {"prompt_tokens_details": {"cached_tokens": 16}}
+    for path, prompt in ((COMPLETIONS, {"prompt": "Hello"}), (CHAT, {"messages": [USER]})):
+        options = {"stream": True, "stream_options": {"include_usage": True}}
+        assert json.loads(ask(service, path, prompt).renderer.whole([], usage))["usage"] == details
+        assert details in [event["usage"] for event in events(ask(service, path, prompt | options).renderer.end(usage))]
+    native = ask(service, "", {"prompt": "Hello"}).renderer.end(usage)
+    assert lines(native)[0]["usage"] == counts | {"cached_tokens": 16}
+
+
 # Chat
 
 

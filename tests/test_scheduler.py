@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from engine.kv_cache import SlotPool
-from engine.scheduler import MAX_PROMPT_LOGIT_ROWS, Scheduler, Segment, StepPlan
+from engine.scheduler import MAX_PROMPT_LOGIT_ROWS, Copy, Scheduler, Segment, StepPlan
 from engine.sequence import FinishReason, SamplingParams, Sequence
+from engine.slots import SlotPool
 
 
 def scheduler(slots: int = 3, budget: int = 8) -> Scheduler:
@@ -88,18 +88,35 @@ def test_rows_of_prompt_logits_in_one_step_are_bounded() -> None:
     assert step(s) == [(0, rows, 1, 1), (1, 10, 40, 40)]
 
 
+def test_a_prompt_goes_on_from_what_another_slot_keeps() -> None:
+    pool = SlotPool(3)
+    s = Scheduler(pool, 64)
+    first = add(s, 40)
+    step(s)
+    pool.note(0, 0, first.tokens[:40])
+    second, third = add(s, 60), add(s, 40, prompt_logprobs=0)
+    plan, _ = s.next()
+    assert plan.copies == (Copy(0, 1, 40),) and (second.computed, second.cached) == (40, 40)
+    assert [(segment.slot, segment.start) for segment in plan.segments] == [(0, 40), (1, 40), (2, 0)]
+    assert third.cached == 0, "all rows of a prompt are needed for its log-probabilities"
+    assert s.next()[0].copies == ()
+
+
 def test_a_plan_travels_as_numbers() -> None:
-    plan = StepPlan((Segment(3, 7, (5,), 1), Segment(0, 0, (1, 2, 3), 0), Segment(2, 4, (9, 9), 2)), scrub=(1, 3))
+    plan = StepPlan(
+        (Segment(3, 7, (5,), 1), Segment(0, 0, (1, 2, 3), 0), Segment(2, 4, (9, 9), 2)),
+        (1, 3),
+        (Copy(0, 2, 4), Copy(2, 3, 1)),
+    )
     numbers = plan.to_numbers()
     assert StepPlan.from_numbers(numbers + [0] * 9) == plan
 
 
 def test_the_largest_plan_fits_its_buffer() -> None:
     slots, budget = 3, 8
-    s = scheduler(slots, budget)
-    for _ in range(slots):
-        add(s, 30)
-    for slot in range(slots):
-        s.scrub(slot)
-    plan, _ = s.next()
+    plan = StepPlan(
+        (Segment(0, 0, (1,), 1), Segment(1, 0, (1,), 1), Segment(2, 0, (1,) * (budget - 2), 1)),
+        tuple(range(slots)),
+        (Copy(0, 1, 9),) * slots,
+    )
     assert len(plan.to_numbers()) <= StepPlan.most_numbers(slots, budget)

@@ -197,6 +197,7 @@ class CpuRunner:
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> Tensor | None:
         """Logits (R, V) of the rows that the plan wants, in its order; None on ranks that do not lead."""
+        self.cache.copy(plan.copies)
         ids, positions, slots, wanted, chunks = [], [], [], [], []
         singles = 0
         for segment in plan.segments:
