@@ -311,6 +311,10 @@ class _Parser(argparse.ArgumentParser):
         return super().parse_known_args(respelt, namespace)
 
 
+def _number_or_auto(word: str) -> int | str:
+    return word if word == "auto" else int(word)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = _Parser(
@@ -339,6 +343,13 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--max-seq-len", type=int, metavar="N", help="longest prompt plus answer, in tokens")
     model.add_argument("--max-batch-size", type=int, metavar="N", help="how many requests run at once")
     model.add_argument("--max-tokens-per-step", type=int, default=512, metavar="N", help="prompt tokens in one step")
+    model.add_argument(
+        "--prefill-beside-decode",
+        type=_number_or_auto,
+        default="auto",
+        metavar="N",
+        help="prompt tokens in a step that others decode in (default: auto)",
+    )
     model.add_argument("--no-prefix-reuse", action="store_true", help="compute every prompt from its first token")
     model.add_argument("--threads", type=int, metavar="N", help="CPU threads per rank (default: by model and cores)")
     model.add_argument("--no-verify", action="store_true", help="do not compare the checkpoint with its hashes")
@@ -404,6 +415,7 @@ def run(flags: argparse.Namespace, launch: Launch) -> None:
         max_seq_len=flags.max_seq_len,
         max_batch_size=flags.max_batch_size,
         max_tokens_per_step=flags.max_tokens_per_step,
+        prefill_beside_decode=flags.prefill_beside_decode,
         prefix_reuse=not flags.no_prefix_reuse,
         device=flags.device,
         dtype=flags.dtype,

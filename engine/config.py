@@ -66,6 +66,7 @@ class EngineConfig:
     max_seq_len: int | None = None
     max_batch_size: int | None = None
     max_tokens_per_step: int = 512
+    prefill_beside_decode: int | str = "auto"
     prefix_reuse: bool = True
     device: str = "auto"
     dtype: str = "auto"
@@ -82,6 +83,9 @@ class EngineConfig:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1")
+        beside = self.prefill_beside_decode
+        if beside != "auto" and (isinstance(beside, bool) or not isinstance(beside, int) or beside < 1):
+            raise ConfigError(f"prefill_beside_decode is {beside!r}; it must be auto or a whole number of at least 1")
         for name, allowed in (
             ("device", DEVICES),
             ("dtype", DTYPES),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import time
+from collections.abc import Callable
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ from engine.checkpoint import Checkpoint, open_checkpoint
 from engine.config import EngineConfig, RequestError
 from engine.cpu.runner import CpuRunner
 from engine.loader import Limits, choose_threads, preflight
+from engine.pace import Pace
 from engine.parallel import Launch, Ranks, choose_device
 from engine.runner import Runner, load_runner
 from engine.sampler import finite_rows, token_logprobs
@@ -38,12 +41,19 @@ class Output:
 class Engine:
     """`add`, `step` and `cancel` on rank 0; `follow` everywhere else."""
 
-    def __init__(self, runner: Runner | CpuRunner, limits: Limits, ranks: Ranks, vocab_size: int) -> None:
+    def __init__(
+        self,
+        runner: Runner | CpuRunner,
+        limits: Limits,
+        ranks: Ranks,
+        vocab_size: int,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self.limits, self.ranks, self.vocab_size = limits, ranks, vocab_size
         self.slots = SlotPool(limits.max_batch_size, limits.prefix_reuse)
         self.steps = 0
-        self._runner = runner
-        self._scheduler = Scheduler(self.slots, limits.max_tokens_per_step)
+        self._runner, self._clock = runner, clock
+        self._scheduler = Scheduler(self.slots, limits.max_tokens_per_step, Pace(limits.prefill_beside_decode))
         self._plan = torch.zeros(
             StepPlan.most_numbers(limits.max_batch_size, limits.max_tokens_per_step), dtype=torch.int64
         )
@@ -115,6 +125,7 @@ class Engine:
 
     def step(self) -> list[Output]:
         """Plan, compute and sample once; every sequence that got a token or ended by itself is in the answer."""
+        began = self._clock()
         planned = self._scheduler.next()
         if planned is None:
             return []
@@ -124,6 +135,7 @@ class Engine:
         logits_RV = self._runner.run(plan)
         self.steps += 1
         outputs = self._take(plan.segments, sequences, logits_RV)
+        self._scheduler.took(self._clock() - began)
         self._scheduler.reap()
         return outputs
 

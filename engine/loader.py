@@ -37,6 +37,8 @@ class Limits:
     native: bool = False
     """Whether the CPU's own kernels compute the steps."""
     prefix_reuse: bool = True
+    prefill_beside_decode: int | None = None
+    """Tokens of prompts in a step that others decode in; None learns it."""
 
     @property
     def scheme(self) -> Scheme | None:
@@ -55,7 +57,8 @@ class Limits:
         length = config.max_seq_len or args.max_seq_len
         native = choose_native(config.kernels, args, device)
         sizes = (length, slots, config.max_tokens_per_step)
-        return cls(*sizes, dtype, config.quantization, native, config.prefix_reuse)
+        beside = None if config.prefill_beside_decode == "auto" else config.prefill_beside_decode
+        return cls(*sizes, dtype, config.quantization, native, config.prefix_reuse, beside)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from collections.abc import Sequence as Ordered
 from dataclasses import dataclass
 from typing import Protocol
 
+from engine.pace import Pace
 from engine.sequence import Sequence
 from engine.slots import Place
 
@@ -85,11 +86,13 @@ class StepPlan:
 class Scheduler:
     """Admits sequences in order of arrival; every running one decodes in each step, prompts fill what is left."""
 
-    def __init__(self, capacity: Capacity, max_tokens_per_step: int) -> None:
+    def __init__(self, capacity: Capacity, max_tokens_per_step: int, pace: Pace | None = None) -> None:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self._capacity = capacity
         self._max_tokens = max_tokens_per_step
+        self._pace = pace or Pace(max_tokens_per_step)
+        self._last = StepPlan(())
         self._scrub: list[int] = []
         self._copies: list[Copy] = []
 
@@ -100,18 +103,19 @@ class Scheduler:
     def next(self) -> tuple[StepPlan, list[Sequence]] | None:
         """The next step and the sequence of each of its segments; None when nothing waits or runs."""
         self.reap()
-        budget, rows = self._max_tokens, MAX_PROMPT_LOGIT_ROWS
+        rows = MAX_PROMPT_LOGIT_ROWS
         singles = sorted((s for s in self.running if s.pending == 1), key=lambda s: s.slot)
         chosen = [(sequence, self._segment(sequence, 1)) for sequence in singles]
-        budget -= len(singles)
+        budget = self._pace.allowance(len(singles), self._max_tokens - len(singles))
+        least = min(2, budget)
         for sequence in [s for s in self.running if s.pending > 1] + list(self.waiting):
-            if budget < 1 or (sequence.wants_prompt_logprobs and rows < 1):
+            if budget < max(1, least) or (sequence.wants_prompt_logprobs and rows < 2):
                 break
             if sequence.slot is None and not self._admit():
                 break
-            length = min(sequence.pending, budget)
+            length = self._cut(sequence.pending, budget)
             if sequence.wants_prompt_logprobs:
-                length = min(length, rows)
+                length = self._cut(sequence.pending, min(budget, rows))
                 rows -= length
             chosen.append((sequence, self._segment(sequence, length)))
             budget -= length
@@ -121,7 +125,15 @@ class Scheduler:
         copies, self._copies = tuple(self._copies), []
         # A one-token prompt is a single too, and the cache wants those in front, by slot.
         chosen.sort(key=lambda pair: (len(pair[1].tokens) > 1, pair[1].slot))
-        return StepPlan(tuple(segment for _, segment in chosen), scrub, copies), [sequence for sequence, _ in chosen]
+        self._last = StepPlan(tuple(segment for _, segment in chosen), scrub, copies)
+        return self._last, [sequence for sequence, _ in chosen]
+
+    def took(self, seconds: float) -> None:
+        """Say how long the last step took, from its plan to its tokens."""
+        singles = sum(len(segment.tokens) == 1 for segment in self._last.segments)
+        further = sum(len(segment.tokens) for segment in self._last.segments) - singles
+        # Without logits nothing waits for a GPU.
+        self._pace.learn(singles, further, seconds, any(segment.logits for segment in self._last.segments))
 
     def reap(self) -> None:
         """Free the slots of all sequences that ended."""
@@ -139,8 +151,9 @@ class Scheduler:
 
     def _admit(self) -> bool:
         sequence = self.waiting[0]
-        # Something is always left to compute, as logits are not kept; who wants the prompt's needs all of it.
-        place = self._capacity.acquire(() if sequence.wants_prompt_logprobs else sequence.tokens[:-1])
+        # Logits are not kept, so something is always left to compute, and not a single token (see `_cut`); who wants
+        # the prompt's logits needs all of it.
+        place = self._capacity.acquire(() if sequence.wants_prompt_logprobs else sequence.tokens[:-2])
         if place is None:
             return False
         self.waiting.popleft()
@@ -152,6 +165,14 @@ class Scheduler:
         sequence.admitted_at = time.monotonic()
         self.running.append(sequence)
         return True
+
+    @staticmethod
+    def _cut(pending: int, most: int) -> int:
+        """The length of a prompt's next piece, which leaves no token on its own.
+
+        The CPU's kernels sum a single token's attention in another order; all longer pieces give the same bits.
+        """
+        return most - 1 if pending == most + 1 and most > 2 else min(pending, most)
 
     @staticmethod
     def _segment(sequence: Sequence, length: int) -> Segment:

@@ -87,6 +87,7 @@ class HandlerSettings:
     max_seq_len: int | None = None
     max_batch_size: int | None = None
     max_tokens_per_step: int = EngineConfig.max_tokens_per_step
+    prefill_beside_decode: int | str = EngineConfig.prefill_beside_decode
     prefix_reuse: bool = EngineConfig.prefix_reuse
     device: str = EngineConfig.device
     dtype: str = EngineConfig.dtype

@@ -19,7 +19,7 @@ from engine.cpu.runner import CpuRunner
 from engine.loader import Limits, choose_native
 from engine.runner import Runner
 from engine.sampler import choose_tokens
-from engine.scheduler import Segment, StepPlan
+from engine.scheduler import Copy, Segment, StepPlan
 from engine.sequence import SamplingParams, Sequence
 from llama2 import ModelArgs
 from quant import SCHEMES
@@ -146,6 +146,26 @@ def test_a_sequences_numbers_do_not_depend_on_company_or_threads(scheme: torch.d
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
+@pytest.mark.parametrize("scheme", ["none", *SCHEMES])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_prompts_numbers_do_not_depend_on_the_pieces_it_is_cut_into(name: str, scheme: str) -> None:
+    args = MODELS[name]
+    tokens = tokens_of(args)[0][:90]
+    runner = CpuRunner(model_of(args, weights_of(args, torch.bfloat16)), limits(torch.bfloat16, scheme))
+
+    def last(slot: int, *pieces: int) -> torch.Tensor:
+        start = 0
+        for piece in pieces:
+            row = runner.run(StepPlan((Segment(slot, start, tuple(tokens[start : start + piece]), 1),)))[0].clone()
+            start += piece
+        return row
+
+    assert all(torch.equal(last(0, 90), last(1, *pieces)) for pieces in ((45, 45), (3, 7, 78, 2), (20, 35, 33, 2)))
+    runner.cache.copy([Copy(0, 2, 60)])
+    rest = runner.run(StepPlan((Segment(2, 60, tuple(tokens[60:]), 1),)))[0]
+    assert torch.equal(last(0, 90), rest)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 16, 37])
 def test_packing_loses_nothing(dtype: torch.dtype, rows: int) -> None:
@@ -207,7 +227,7 @@ def test_a_machine_without_what_they_need_takes_pytorchs_and_says_why(
     else:
         monkeypatch.setattr(library, "_cpu_flags", lambda: {"avx2"})
         reason = "this CPU has no f16c, fma"
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, "engine"):  # whose level a command line before may have changed
         assert not choose_native("auto", TINY, "cpu")
     assert reason in caplog.text
     with pytest.raises(ConfigError, match=re.escape(f"kernels is 'native', but they cannot be had: {reason}")):

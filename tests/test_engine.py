@@ -56,7 +56,9 @@ def test_500_random_schedules_give_every_survivor_what_it_gets_alone(choices: di
     for _ in range(schedules):
         slots = rng.randint(1, 5)
         budget = rng.choice((slots, 8, 16, 64))
-        engine = engine_of(MODEL, limits(slots=slots, max_tokens_per_step=budget, **choices))
+        beside = rng.choice((None, 1, 3, budget))
+        chosen = limits(slots=slots, max_tokens_per_step=budget, prefill_beside_decode=beside, **choices)
+        engine = engine_of(MODEL, chosen)
         arrivals = sorted((rng.randint(0, 12), index) for index in rng.choices(range(len(pool)), k=rng.randint(2, 7)))
         sequences, step = [], 0
         while arrivals or engine.busy:

@@ -38,6 +38,12 @@ def test_a_prompt_goes_in_chunks_and_asks_for_logits_at_its_end() -> None:
     assert [step(s) for _ in range(4)] == [[(0, 0, 8, 0)], [(0, 8, 8, 0)], [(0, 16, 4, 1)], [(0, 20, 1, 1)]]
 
 
+def test_no_piece_of_a_prompt_is_a_single_token() -> None:
+    s = scheduler(budget=8)
+    add(s, 17)
+    assert [step(s) for _ in range(3)] == [[(0, 0, 8, 0)], [(0, 8, 7, 0)], [(0, 15, 2, 1)]]
+
+
 def test_running_sequences_decode_in_every_step_beside_a_long_prompt() -> None:
     s = scheduler(budget=8)
     add(s, 2)
