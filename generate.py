@@ -19,6 +19,7 @@ from engine.config import (
     DTYPES,
     KERNELS,
     QUANTIZATIONS,
+    SPECULATIONS,
     ConfigError,
     DeviceError,
     EngineConfig,
@@ -104,6 +105,7 @@ class _Answer:
     def __init__(self, sequence: Sequence, decoder: StreamDecoder) -> None:
         self.sequence, self.decoder = sequence, decoder
         self.pieces: list[str] = []
+        self.tokens: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
 
     def take(self, output: Output) -> str:
@@ -111,9 +113,11 @@ class _Answer:
         sequence, text = self.sequence, ""
         if output.logprobs is not None:
             self.logprobs.append(output.logprobs)
-        if output.token is not None and output.token not in sequence.stop_ids:
-            text = self.decoder.push(output.token)
-        if sequence.finished:
+        if output.token is not None:
+            self.tokens.append(output.token)
+            if output.token not in sequence.stop_ids:
+                text = self.decoder.push(output.token)
+        if output.finish_reason is not None:
             text += self.decoder.finish()
         self.pieces.append(text)
         return text
@@ -123,7 +127,7 @@ class _Answer:
         sequence, params = self.sequence, self.sequence.params
         return Completion(
             "".join(self.pieces),
-            sequence.tokens[sequence.prompt_length :],
+            self.tokens,
             FinishReason.STOP if self.decoder.stopped else sequence.finish_reason,
             sequence.prompt_length,
             sequence.error,
@@ -187,6 +191,8 @@ class LLM:
                 answers[sequence.number] = (index, _Answer(sequence, decoder))
             while answers:
                 for output in self.engine.step():
+                    if output.sequence.number not in answers:  # a stop string ended it in this very step
+                        continue
                     index, answer = answers[output.sequence.number]
                     text = answer.take(output)
                     self._count(output, started)
@@ -194,7 +200,7 @@ class LLM:
                         self.engine.cancel(answer.sequence, FinishReason.STOP)
                     if text and on_text is not None:
                         on_text(index, text)
-                    if answer.sequence.finished:
+                    if answer.decoder.stopped or output.finish_reason is not None:
                         del answers[output.sequence.number]
                         yield index, answer
         finally:  # an interrupted or refused call leaves no sequence behind
@@ -351,6 +357,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="prompt tokens in a step that others decode in (default: auto)",
     )
     model.add_argument("--no-prefix-reuse", action="store_true", help="compute every prompt from its first token")
+    model.add_argument(
+        "--speculation", choices=SPECULATIONS, default="none", help="guess tokens and verify them (default: none)"
+    )
+    model.add_argument("--max-draft-tokens", type=int, default=8, metavar="N", help="guesses at once (default: 8)")
     model.add_argument("--threads", type=int, metavar="N", help="CPU threads per rank (default: by model and cores)")
     model.add_argument("--no-verify", action="store_true", help="do not compare the checkpoint with its hashes")
     draw = parser.add_argument_group("sampling")
@@ -417,6 +427,8 @@ def run(flags: argparse.Namespace, launch: Launch) -> None:
         max_tokens_per_step=flags.max_tokens_per_step,
         prefill_beside_decode=flags.prefill_beside_decode,
         prefix_reuse=not flags.no_prefix_reuse,
+        speculation=flags.speculation,
+        max_draft_tokens=flags.max_draft_tokens,
         device=flags.device,
         dtype=flags.dtype,
         quantization=flags.quantization,

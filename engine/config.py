@@ -14,6 +14,7 @@ DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("none", "int8", "int4", "int4-128")
 KERNELS = ("auto", "native", "torch")
+SPECULATIONS = ("none", "prompt_lookup")
 
 
 class ConfigError(ValueError):
@@ -68,6 +69,8 @@ class EngineConfig:
     max_tokens_per_step: int = 512
     prefill_beside_decode: int | str = "auto"
     prefix_reuse: bool = True
+    speculation: str = "none"
+    max_draft_tokens: int = 8
     device: str = "auto"
     dtype: str = "auto"
     quantization: str = "none"
@@ -77,9 +80,9 @@ class EngineConfig:
     verify_checkpoint: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("max_seq_len", "max_batch_size", "max_tokens_per_step", "threads"):
+        for name in ("max_seq_len", "max_batch_size", "max_tokens_per_step", "max_draft_tokens", "threads"):
             value = getattr(self, name)
-            if value is None and name != "max_tokens_per_step":
+            if value is None and name not in ("max_tokens_per_step", "max_draft_tokens"):
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1")
@@ -91,6 +94,7 @@ class EngineConfig:
             ("dtype", DTYPES),
             ("quantization", QUANTIZATIONS),
             ("kernels", KERNELS),
+            ("speculation", SPECULATIONS),
         ):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")

@@ -31,11 +31,26 @@ _STOP = -1  # what the leader sends in place of a plan's length when it closes
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """One generated token of one sequence; a sequence's end without a token has None."""
+    """One generated token of one sequence, of which a step may give several; an end without a token has None.
+
+    The reason to finish stands in the sequence's last output only.
+    """
 
     sequence: Sequence
     token: int | None
     logprobs: TokenLogprobs | None = None
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A row of logits to draw a sequence's next token from, and what was guessed to follow."""
+
+    sequence: Sequence
+    slot: int
+    row: int
+    draft: tuple[int, ...]
+    drafted: int
 
 
 class Engine:
@@ -53,7 +68,9 @@ class Engine:
         self.slots = SlotPool(limits.max_batch_size, limits.prefix_reuse)
         self.steps = 0
         self._runner, self._clock = runner, clock
-        self._scheduler = Scheduler(self.slots, limits.max_tokens_per_step, Pace(limits.prefill_beside_decode))
+        self._scheduler = Scheduler(
+            self.slots, limits.max_tokens_per_step, Pace(limits.prefill_beside_decode), limits.draft_tokens
+        )
         self._plan = torch.zeros(
             StepPlan.most_numbers(limits.max_batch_size, limits.max_tokens_per_step), dtype=torch.int64
         )
@@ -167,7 +184,7 @@ class Engine:
 
     def _take(self, segments: Ordered[Segment], sequences: Ordered[Sequence], logits_RV: Tensor) -> list[Output]:
         """Advance every sequence of the step; sample those whose last known token was computed."""
-        outputs, sampled, rows = [], [], []
+        outputs, drawn = [], []
         finite = finite_rows(logits_RV)
         row = 0
         for segment, sequence in zip(segments, sequences, strict=True):
@@ -175,24 +192,63 @@ class Engine:
             self.slots.note(segment.slot, segment.start, segment.tokens)
             if sequence.finished:  # cancelled while the step ran
                 continue
-            if not all(finite[first:row]):
-                self._fail(sequence, segment.slot)
-                outputs.append(Output(sequence, None))
+            known = min(len(segment.tokens), sequence.pending)
+            draft = segment.tokens[known:]
+            at = row - 1 - len(draft)
+            if not all(finite[first : at + 1]):
+                if draft:  # which may be to blame, so the token goes on its own
+                    self._judge(_Row(sequence, segment.slot, at, draft, len(draft)), finite)
+                else:
+                    outputs.append(self._fail(sequence, segment.slot))
                 continue
             if sequence.wants_prompt_logprobs:
                 self._take_prompt_logprobs(sequence, segment, logits_RV[first:row])
-            sequence.computed += len(segment.tokens)
+            sequence.computed += known
             if sequence.pending:
                 continue
             if len(sequence.tokens) >= sequence.limit:  # scoring only: nothing is to be generated
                 sequence.finish_reason = FinishReason.LENGTH
-                outputs.append(Output(sequence, None))
+                outputs.append(Output(sequence, None, finish_reason=FinishReason.LENGTH))
                 continue
-            sampled.append(sequence)
-            rows.append(row - 1)
-        if rows != list(range(len(logits_RV))):
-            logits_RV = logits_RV[rows]
-        return outputs + self._sample(sampled, logits_RV)
+            drawn.append(_Row(sequence, segment.slot, at, draft, len(draft)))
+        return outputs + self._draw(drawn, logits_RV, finite)
+
+    def _draw(self, drawn: list[_Row], logits_RV: Tensor, finite: list[bool]) -> list[Output]:
+        """A token from each row, and from the next row of a sequence for as long as its draft says what is drawn.
+
+        Row by row, since what is drawn may depend on all tokens before; each takes one key of its sequence's stream,
+        so that the tokens are those that single steps would give.
+        """
+        outputs, ended = [], []
+        turn = drawn
+        while turn:
+            rows = [each.row for each in turn]
+            every = rows == list(range(len(logits_RV)))
+            outputs += self._sample([each.sequence for each in turn], logits_RV if every else logits_RV[rows])
+            following = []
+            for each in turn:
+                sequence = each.sequence
+                right = bool(each.draft) and sequence.tokens[-1] == each.draft[0]
+                sequence.accepted += right
+                if right and not sequence.finished and finite[each.row + 1]:
+                    sequence.computed += 1
+                    following.append(_Row(sequence, each.slot, each.row + 1, each.draft[1:], each.drafted))
+                else:
+                    ended.append(each)
+            turn = following
+        for each in ended:
+            if each.drafted:
+                self._judge(each, finite)
+        return outputs
+
+    def _judge(self, ended: _Row, finite: list[bool]) -> None:
+        """Learn from a draft; what it left behind is cleared if it is not finite, as a wrong guess must harm nobody."""
+        sequence = ended.sequence
+        sequence.drafted += ended.drafted
+        sequence.lookup.judge(len(sequence.tokens), ended.drafted, ended.drafted - len(ended.draft))
+        if not all(finite[ended.row : ended.row + 1 + len(ended.draft)]):
+            self._scheduler.scrub(ended.slot, sequence.computed)
+            self.slots.note(ended.slot, sequence.computed, ())
 
     def _sample(self, sequences: list[Sequence], logits_RV: Tensor) -> list[Output]:
         if not sequences:
@@ -206,7 +262,8 @@ class Engine:
             by_row = dict(zip(wanted, logprobs, strict=True))
         for sequence, token in zip(sequences, tokens, strict=True):
             sequence.append(token)
-        return [Output(s, token, by_row.get(row)) for row, (s, token) in enumerate(zip(sequences, tokens, strict=True))]
+        pairs = enumerate(zip(sequences, tokens, strict=True))
+        return [Output(each, token, by_row.get(row), each.finish_reason) for row, (each, token) in pairs]
 
     @staticmethod
     def _take_prompt_logprobs(sequence: Sequence, segment: Segment, logits_SV: Tensor) -> None:
@@ -216,7 +273,7 @@ class Engine:
         tops = [sequence.params.prompt_logprobs] * len(following)
         sequence.prompt_logprobs += token_logprobs(logits_SV[: len(following)], following, tops)
 
-    def _fail(self, sequence: Sequence, slot: int) -> None:
+    def _fail(self, sequence: Sequence, slot: int) -> Output:
         sequence.finish_reason = FinishReason.ERROR
         sequence.error = (
             f"the model gave numbers that are not finite at position {sequence.computed}"
@@ -225,3 +282,4 @@ class Engine:
         self._scheduler.scrub(slot)
         self.slots.forget(slot)
         log.warning("sequence %d ended: %s", sequence.number, sequence.error)
+        return Output(sequence, None, finish_reason=FinishReason.ERROR)

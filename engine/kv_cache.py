@@ -33,11 +33,14 @@ class KVCache:
         """How much memory a cache of this size takes."""
         return 2 * layers * slots * kv_heads * max_seq_len * head_dim * dtype.itemsize
 
-    def scrub(self, slots: Ordered[int]) -> None:
-        """Clear slots that hold numbers which are not finite: masked attention multiplies them by zero, giving NaN."""
-        for slot in slots:
-            self.keys_LBKTH[:, slot].zero_()
-            self.values_LBKTH[:, slot].zero_()
+    def scrub(self, places: Ordered[tuple[int, int]]) -> None:
+        """Clear slots that hold numbers which are not finite, each from a position on.
+
+        Masked attention multiplies them by zero, which gives NaN.
+        """
+        for slot, start in places:
+            self.keys_LBKTH[:, slot, :, start:].zero_()
+            self.values_LBKTH[:, slot, :, start:].zero_()
 
     def copy(self, copies: Ordered[Copy]) -> None:
         """Give slots the beginnings of others, one after the other."""

@@ -39,6 +39,8 @@ class Limits:
     prefix_reuse: bool = True
     prefill_beside_decode: int | None = None
     """Tokens of prompts in a step that others decode in; None learns it."""
+    draft_tokens: int = 0
+    """The most tokens of a sequence that are guessed and verified in one step; 0 guesses none."""
 
     @property
     def scheme(self) -> Scheme | None:
@@ -57,8 +59,9 @@ class Limits:
         length = config.max_seq_len or args.max_seq_len
         native = choose_native(config.kernels, args, device)
         sizes = (length, slots, config.max_tokens_per_step)
+        drafts = 0 if config.speculation == "none" else config.max_draft_tokens
         beside = None if config.prefill_beside_decode == "auto" else config.prefill_beside_decode
-        return cls(*sizes, dtype, config.quantization, native, config.prefix_reuse, beside)
+        return cls(*sizes, dtype, config.quantization, native, config.prefix_reuse, beside, drafts)
 
 
 @dataclass(frozen=True)

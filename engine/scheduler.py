@@ -26,7 +26,10 @@ class Capacity(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A run of one sequence's tokens, from position `start` on; its last `logits` rows want their logits."""
+    """A run of one sequence's tokens, from position `start` on; its last `logits` rows want their logits.
+
+    Behind the sequence's own tokens may come guesses of the next ones, and those rows tell whether they are right.
+    """
 
     slot: int
     start: int
@@ -47,16 +50,18 @@ class Copy:
 class StepPlan:
     """What every rank computes next: single tokens first, by slot, then chunks.
 
-    Before that every rank clears the slots of `scrub`, then makes the copies, in order.
+    Before that every rank clears the slots of `scrub`, each from a position on, then makes the copies, in order.
     """
 
     segments: tuple[Segment, ...]
-    scrub: tuple[int, ...] = ()
+    scrub: tuple[tuple[int, int], ...] = ()
     copies: tuple[Copy, ...] = ()
 
     def to_numbers(self) -> list[int]:
         """The plan as whole numbers, to travel between ranks."""
-        numbers = [len(self.segments), len(self.scrub), len(self.copies), *self.scrub]
+        numbers = [len(self.segments), len(self.scrub), len(self.copies)]
+        for slot, start in self.scrub:
+            numbers += (slot, start)
         for copy in self.copies:
             numbers += (copy.source, copy.target, copy.tokens)
         for segment in self.segments:
@@ -66,10 +71,10 @@ class StepPlan:
     @classmethod
     def from_numbers(cls, numbers: Ordered[int]) -> StepPlan:
         """The plan that `to_numbers` gave; anything behind its end is ignored."""
-        count, at = numbers[0], 3 + numbers[1]
-        scrub, segments = tuple(numbers[3:at]), []
-        copies = tuple(Copy(*numbers[place : place + 3]) for place in range(at, at + 3 * numbers[2], 3))
-        at += 3 * numbers[2]
+        count, scrubs, copied = numbers[:3]
+        at, segments = 3 + 2 * scrubs + 3 * copied, []
+        scrub = tuple((numbers[place], numbers[place + 1]) for place in range(3, 3 + 2 * scrubs, 2))
+        copies = tuple(Copy(*numbers[place : place + 3]) for place in range(3 + 2 * scrubs, at, 3))
         for _ in range(count):
             slot, start, length, logits = numbers[at : at + 4]
             at += 4
@@ -80,20 +85,26 @@ class StepPlan:
     @staticmethod
     def most_numbers(max_batch_size: int, max_tokens_per_step: int) -> int:
         """How many numbers the largest plan takes."""
-        return 3 + (1 + 3 + 4) * max_batch_size + max_tokens_per_step
+        return 3 + (2 + 3 + 4) * max_batch_size + max_tokens_per_step
 
 
 class Scheduler:
-    """Admits sequences in order of arrival; every running one decodes in each step, prompts fill what is left."""
+    """Admits sequences in order of arrival; every running one decodes in each step, prompts fill what is left.
 
-    def __init__(self, capacity: Capacity, max_tokens_per_step: int, pace: Pace | None = None) -> None:
+    What prompts leave is for drafts: guesses of up to `draft_tokens` further tokens of a running sequence.
+    """
+
+    def __init__(
+        self, capacity: Capacity, max_tokens_per_step: int, pace: Pace | None = None, draft_tokens: int = 0
+    ) -> None:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self._capacity = capacity
         self._max_tokens = max_tokens_per_step
         self._pace = pace or Pace(max_tokens_per_step)
-        self._last = StepPlan(())
-        self._scrub: list[int] = []
+        self._draft_tokens = draft_tokens
+        self._last: tuple[int, int, bool] = (0, 0, True)
+        self._scrub: list[tuple[int, int]] = []
         self._copies: list[Copy] = []
 
     def add(self, sequence: Sequence) -> None:
@@ -105,7 +116,7 @@ class Scheduler:
         self.reap()
         rows = MAX_PROMPT_LOGIT_ROWS
         singles = sorted((s for s in self.running if s.pending == 1), key=lambda s: s.slot)
-        chosen = [(sequence, self._segment(sequence, 1)) for sequence in singles]
+        chosen: list[tuple[Sequence, Segment]] = []
         budget = self._pace.allowance(len(singles), self._max_tokens - len(singles))
         least = min(2, budget)
         for sequence in [s for s in self.running if s.pending > 1] + list(self.waiting):
@@ -119,21 +130,26 @@ class Scheduler:
                 rows -= length
             chosen.append((sequence, self._segment(sequence, length)))
             budget -= length
+        for sequence in singles:
+            draft = self._draft(sequence, min(budget, rows))
+            budget, rows = budget - len(draft), rows - len(draft)
+            chosen.append((sequence, self._segment(sequence, 1, draft)))
         if not chosen:
             return None
         scrub, self._scrub = tuple(self._scrub), []
         copies, self._copies = tuple(self._copies), []
         # A one-token prompt is a single too, and the cache wants those in front, by slot.
         chosen.sort(key=lambda pair: (len(pair[1].tokens) > 1, pair[1].slot))
-        self._last = StepPlan(tuple(segment for _, segment in chosen), scrub, copies)
-        return self._last, [sequence for sequence, _ in chosen]
+        plan = StepPlan(tuple(segment for _, segment in chosen), scrub, copies)
+        further = sum(len(segment.tokens) for segment in plan.segments) - len(singles)
+        # Without logits nothing waits for a GPU.
+        self._last = (len(singles), further, any(segment.logits for segment in plan.segments))
+        return plan, [sequence for sequence, _ in chosen]
 
     def took(self, seconds: float) -> None:
         """Say how long the last step took, from its plan to its tokens."""
-        singles = sum(len(segment.tokens) == 1 for segment in self._last.segments)
-        further = sum(len(segment.tokens) for segment in self._last.segments) - singles
-        # Without logits nothing waits for a GPU.
-        self._pace.learn(singles, further, seconds, any(segment.logits for segment in self._last.segments))
+        running, further, finished = self._last
+        self._pace.learn(running, further, seconds, finished)
 
     def reap(self) -> None:
         """Free the slots of all sequences that ended."""
@@ -145,9 +161,9 @@ class Scheduler:
         if any(sequence.finished for sequence in self.waiting):
             self.waiting = deque(sequence for sequence in self.waiting if not sequence.finished)
 
-    def scrub(self, slot: int) -> None:
-        """Have a slot cleared before the next step: what is in it is not finite and could leak into its next user."""
-        self._scrub.append(slot)
+    def scrub(self, slot: int, start: int = 0) -> None:
+        """Have a slot cleared before the next step: what is not finite in it could leak into what comes there."""
+        self._scrub.append((slot, start))
 
     def _admit(self) -> bool:
         sequence = self.waiting[0]
@@ -174,12 +190,17 @@ class Scheduler:
         """
         return most - 1 if pending == most + 1 and most > 2 else min(pending, most)
 
+    def _draft(self, sequence: Sequence, most: int) -> tuple[int, ...]:
+        """Guesses of what follows a running sequence's last token, of which one more is drawn than is guessed right."""
+        most = min(self._draft_tokens, most, sequence.limit - len(sequence.tokens) - 1)
+        return sequence.lookup.draft(sequence.tokens, most) if most > 0 and sequence.generated else ()
+
     @staticmethod
-    def _segment(sequence: Sequence, length: int) -> Segment:
+    def _segment(sequence: Sequence, length: int, draft: tuple[int, ...] = ()) -> Segment:
         start = sequence.computed
-        tokens = tuple(sequence.tokens[start : start + length])
+        tokens = tuple(sequence.tokens[start : start + length]) + draft
         if sequence.wants_prompt_logprobs:
             logits = length
         else:
-            logits = 1 if start + length == len(sequence.tokens) else 0
+            logits = 1 + len(draft) if start + length == len(sequence.tokens) else 0
         return Segment(sequence.slot, start, tokens, logits)

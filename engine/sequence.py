@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from engine.config import RequestError
+from engine.drafts import PromptLookup
 
 MAX_TOP_LOGPROBS = 20
 MAX_LOGIT_BIAS = 300
@@ -107,6 +108,8 @@ class Sequence:
         self.prompt_length = len(prompt)
         self.computed = 0  # tokens whose keys and values are in the cache
         self.cached = 0  # tokens of the prompt that were in the cache before it came
+        self.lookup = PromptLookup()
+        self.drafted = self.accepted = 0  # tokens that were guessed, and those of them that were then drawn
         self.slot: int | None = None
         self.admitted_at: float | None = None  # by the monotonic clock
         self.limit = 0  # tokens at which it ends with LENGTH; set on admission to the engine

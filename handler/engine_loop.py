@@ -120,7 +120,7 @@ class EngineLoop(threading.Thread):
                 stopped = session.take(output)
                 if stopped:
                     self.engine.cancel(output.sequence)
-                if stopped or output.sequence.finished:
+                if stopped or output.finish_reason is not None:
                     self._owners.pop(output.sequence.number, None)
                 if session.error is not None:
                     for sequence in session.sequences:

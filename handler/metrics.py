@@ -30,6 +30,11 @@ class ServiceMetrics:
         self._add("counter", "llama_prompt_tokens_total", usage.prompt_tokens)
         self._add("counter", "llama_prompt_tokens_cached_total", usage.cached_tokens)
         self._add("counter", "llama_generation_tokens_total", usage.completion_tokens)
+        drafted = sum(sequence.drafted for sequence in session.sequences)
+        if drafted:
+            accepted = sum(sequence.accepted for sequence in session.sequences)
+            self._add("counter", "llama_draft_tokens_total", drafted)
+            self._add("counter", "llama_draft_tokens_accepted_total", accepted)
         now = time.monotonic()
         self._add("histogram", "llama_e2e_latency_seconds", now - times.arrived)
         if times.first_token is None or times.admitted is None:

@@ -38,9 +38,9 @@ class _Answer:
                 text = self.decoder.push(output.token)
         if self.decoder.stopped:
             self.finish_reason = FinishReason.STOP
-        elif self.sequence.finished:
+        elif output.finish_reason is not None:
             text += self.decoder.finish()
-            self.finish_reason = str(self.sequence.finish_reason)
+            self.finish_reason = str(output.finish_reason)
         self.text.append(text)
         return text
 
@@ -126,7 +126,7 @@ class Session:
         answer = self._answers[place]
         if self.done or answer.finish_reason is not None:
             return False
-        if output.sequence.finish_reason is FinishReason.ERROR:
+        if output.finish_reason is FinishReason.ERROR:
             self.fail(RequestError(output.sequence.error or "the engine failed", status=500))
             return False
         now = time.monotonic()

@@ -89,6 +89,8 @@ class HandlerSettings:
     max_tokens_per_step: int = EngineConfig.max_tokens_per_step
     prefill_beside_decode: int | str = EngineConfig.prefill_beside_decode
     prefix_reuse: bool = EngineConfig.prefix_reuse
+    speculation: str = EngineConfig.speculation
+    max_draft_tokens: int = EngineConfig.max_draft_tokens
     device: str = EngineConfig.device
     dtype: str = EngineConfig.dtype
     quantization: str = EngineConfig.quantization

@@ -17,7 +17,7 @@ from engine.config import EngineConfig
 from engine.loader import Limits
 from engine.parallel import Launch, Ranks
 from engine.runner import load_runner
-from engine.scheduler import Segment, StepPlan
+from engine.scheduler import Copy, Segment, StepPlan
 from engine.sequence import SamplingParams
 from generate import LLM, Request
 
@@ -37,6 +37,8 @@ def logits_of(folder: Path, launch: Launch, native: bool) -> torch.Tensor | None
     plans.append(StepPlan((Segment(0, 9, tuple(tokens[0][9:PREFILL]), PREFILL - 9),)))
     for at in range(PREFILL, PREFILL + DECODE):
         plans.append(StepPlan(tuple(Segment(slot, at, (tokens[slot][at],), 1) for slot in (0, 1))))
+    behind = PREFILL + DECODE
+    plans.append(StepPlan((Segment(1, behind, tuple(tokens[0][:2]), 2),), ((1, behind),), (Copy(0, 1, behind),)))
     rows = [logits.clone() if (logits := runner.run(plan)) is not None else None for plan in plans]
     return torch.cat(rows) if launch.rank == 0 else None
 
@@ -65,7 +67,9 @@ def work(job: dict, launch: Launch) -> dict | None:
     }
     answers: list[str] = []
     if job.get("demo"):
-        config = EngineConfig(dtype="float32", max_batch_size=16, max_seq_len=SEQ_LEN)
+        # Several ranks guess tokens too, which must change nothing.
+        speculation = "prompt_lookup" if launch.size > 1 else "none"
+        config = EngineConfig(dtype="float32", max_batch_size=16, max_seq_len=SEQ_LEN, speculation=speculation)
         llm = LLM(Path(job["demo"]), config, launch)
         if llm.leads:
             answers = demo_answers(llm, job["skills"], job["count"])

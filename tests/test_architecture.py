@@ -29,6 +29,7 @@ FORBIDDEN = {
     "llama2": {"os", "pathlib"},
     **{name: {"torch", "numpy", "transformers"} for name in TEXT},
     "engine": {"formats", *TEXT, "sentencepiece", "tiktoken", "tokenizers", "yaml"},
+    "engine/drafts.py": {"torch"},
     "engine/pace.py": {"torch", "time"},
     "engine/scheduler.py": {"torch"},
     "engine/sequence.py": {"torch"},

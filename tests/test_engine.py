@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from tiny_models import TINY, alone, engine_of, finish, limits, model_of, random_weights
 
 from engine.config import RequestError
+from engine.drafts import PromptLookup
 from engine.sequence import FinishReason, SamplingParams
 
 MODEL = model_of(TINY, random_weights(TINY, seed=11))
@@ -38,6 +40,18 @@ def random_request(rng: random.Random, beginnings: list[list[int]]) -> tuple[lis
     return prompt, params
 
 
+class Oracle(PromptLookup):
+    """Guesses that are right most of the time."""
+
+    def __init__(self, tokens: list[int], seed: int) -> None:
+        super().__init__()
+        self.tokens, self.random = tokens, random.Random(seed)
+
+    def draft(self, tokens: list[int], most: int) -> tuple[int, ...]:
+        right = self.tokens[len(tokens) : len(tokens) + most]
+        return tuple(token if self.random.random() < 0.8 else token ^ 1 for token in right)
+
+
 KERNELS = pytest.mark.parametrize(
     "choices",
     [{}, {"native": True}, *({"native": True, "quantization": scheme} for scheme in ("int8", "int4"))],
@@ -52,12 +66,13 @@ def test_500_random_schedules_give_every_survivor_what_it_gets_alone(choices: di
     beginnings = [random_tokens(rng, 40) for _ in range(3)]
     pool = [random_request(rng, beginnings) for _ in range(60)]
     expected = [alone(MODEL, prompt, params, limits(**choices)) for prompt, params in pool]
-    survivors = cancelled = reused = 0
+    survivors = cancelled = reused = drafted = accepted = 0
     for _ in range(schedules):
         slots = rng.randint(1, 5)
         budget = rng.choice((slots, 8, 16, 64))
         beside = rng.choice((None, 1, 3, budget))
         chosen = limits(slots=slots, max_tokens_per_step=budget, prefill_beside_decode=beside, **choices)
+        chosen = dataclasses.replace(chosen, draft_tokens=rng.choice((0, 1, 3, 8)))
         engine = engine_of(MODEL, chosen)
         arrivals = sorted((rng.randint(0, 12), index) for index in rng.choices(range(len(pool)), k=rng.randint(2, 7)))
         sequences, step = [], 0
@@ -65,6 +80,8 @@ def test_500_random_schedules_give_every_survivor_what_it_gets_alone(choices: di
             while arrivals and arrivals[0][0] <= step:
                 index = arrivals.pop(0)[1]
                 sequences.append((index, engine.add(*pool[index])))
+                if rng.random() < 0.5:
+                    sequences[-1][1].lookup = Oracle(pool[index][0] + expected[index], len(sequences))
             if sequences and rng.random() < 0.05:
                 engine.cancel(rng.choice(sequences)[1])
             engine.step()
@@ -73,6 +90,8 @@ def test_500_random_schedules_give_every_survivor_what_it_gets_alone(choices: di
         assert engine.slots.free == slots
         for index, sequence in sequences:
             reused += sequence.cached > 0
+            drafted += sequence.drafted
+            accepted += sequence.accepted
             generated = sequence.tokens[sequence.prompt_length :]
             if sequence.finish_reason is FinishReason.CANCELLED:
                 cancelled += 1
@@ -81,6 +100,7 @@ def test_500_random_schedules_give_every_survivor_what_it_gets_alone(choices: di
                 survivors += 1
                 assert generated == expected[index]
     assert survivors > 3 * schedules and cancelled > schedules / 5 and reused > schedules / 2
+    assert drafted - accepted > schedules / 5 and accepted > schedules, "guesses of both kinds"
 
 
 @KERNELS
@@ -101,6 +121,57 @@ def test_a_chats_next_turn_and_a_common_beginning_are_computed_once(choices: dic
     again = [switched_off.add(first.tokens[:30], params) for _ in range(2)]
     assert [finish(switched_off, sequence) for sequence in again] == [answer, answer]
     assert [sequence.cached for sequence in again] == [0, 0]
+
+
+@KERNELS
+def test_guessed_tokens_change_nothing_that_is_put_out(choices: dict) -> None:
+    bias = {3: 4.0, 9: -100.0}
+    options = [
+        SamplingParams(max_tokens=25, temperature=temperature, logprobs=3, seed=4, **more)
+        for temperature in (0.0, 0.9)
+        for more in ({}, {"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.3}, {"top_k": 8})
+    ]
+    options += [SamplingParams(max_tokens=25, logit_bias=bias, stop_ids=frozenset({3}), logprobs=0, seed=2)]
+    found: list[list] = []
+    for draft_tokens in (0, 6):
+        engine = engine_of(MODEL, limits(draft_tokens=draft_tokens, max_tokens_per_step=24, **choices))
+        sequences = [engine.add([1, 2, 3, 4] * 3, params) for params in options]
+        outputs: dict[int, list] = {sequence.number: [] for sequence in sequences}
+        if draft_tokens:
+            for sequence, plain in zip(sequences, found, strict=True):
+                sequence.lookup = Oracle(sequence.tokens + [token for token, *_ in plain], 7)
+        while engine.busy:
+            before = [sequence.generated for sequence in sequences]
+            for output in engine.step():
+                outputs[output.sequence.number].append((output.token, output.finish_reason, output.logprobs))
+            grown = [sequence.generated - count for sequence, count in zip(sequences, before, strict=True)]
+            assert max(grown) <= 1 + draft_tokens
+        if not draft_tokens:
+            found = [outputs[sequence.number] for sequence in sequences]
+    assert sum(sequence.accepted for sequence in sequences) > 30
+    for plain, sequence in zip(found, sequences, strict=True):
+        guessed = outputs[sequence.number]
+        assert [each[:2] for each in guessed] == [each[:2] for each in plain]
+        assert [token for token, *_ in guessed] == sequence.tokens[sequence.prompt_length :]
+        for ours, theirs in zip(guessed, plain, strict=True):
+            assert ours[2].logprob == pytest.approx(theirs[2].logprob, abs=1e-3)
+            assert [token for token, _ in ours[2].top] == [token for token, _ in theirs[2].top]
+
+
+@KERNELS
+def test_a_wrong_guess_whose_numbers_are_not_finite_harms_nobody(choices: dict) -> None:
+    weights = random_weights(TINY, seed=11)
+    weights["tok_embeddings.weight"][13] = float("inf")
+    chosen = limits(slots=2, draft_tokens=4, **choices)
+    engine = engine_of(model_of(TINY, weights), chosen)
+    params = SamplingParams(max_tokens=12, temperature=0.0, logit_bias={13: -100.0})
+    prompts = [[3, 2, 1], list(range(20, 30))]
+    sequences = [engine.add(prompt, params) for prompt in prompts]
+    for sequence in sequences:
+        sequence.lookup = Oracle([13 ^ 1] * 64, 5)  # it errs into the token that overflows
+    found = [finish(engine, sequence) for sequence in sequences]
+    assert found == [alone(MODEL, prompt, params, limits(**choices)) for prompt in prompts]
+    assert all(sequence.drafted > sequence.accepted for sequence in sequences)
 
 
 def test_what_a_cancelled_sequence_computed_is_of_use_to_the_next() -> None:

@@ -138,6 +138,27 @@ def test_an_emoji_over_several_tokens_comes_in_one_piece(llm: LLM) -> None:
     assert completion.text == "🐱" and pieces == ["🐱"] and len(completion.tokens) > 3
 
 
+def test_guessed_tokens_change_no_answer(llm: LLM, checkpoint: Path) -> None:
+    config = EngineConfig(256, 4, prefill_beside_decode=512, speculation="prompt_lookup")
+    guessing = LLM(checkpoint, config)
+    requests = [
+        Request(
+            prompt=prompt, params=SamplingParams(temperature=temperature, seed=8, max_tokens=150, **more), stop=stop
+        )
+        for prompt in (STORY, "Once")
+        for temperature in (0.0, 1.2)
+        for stop in ((), ("day in the", "red ball"))
+        for more in ({"ignore_eos": True}, {"logprobs": 0, "repetition_penalty": 1.1})
+    ]
+    before = llm.engine.steps
+    plain, guessed = llm.generate(requests), guessing.generate(requests)
+    assert [(each.text, each.tokens, each.finish_reason) for each in guessed] == [
+        (each.text, each.tokens, each.finish_reason) for each in plain
+    ]
+    assert [len(each.logprobs or ()) for each in guessed] == [len(each.logprobs or ()) for each in plain]
+    assert guessing.engine.steps < llm.engine.steps - before and guessing.engine.slots.free == 4
+
+
 def test_one_refused_request_stops_the_whole_call_and_leaves_nothing_behind(llm: LLM) -> None:
     good = Request(prompt=STORY, params=SamplingParams(max_tokens=5))
     with pytest.raises(RequestError, match="with max_seq_len 256 at most 255 fit"):

@@ -102,6 +102,35 @@ def test_the_next_turn_of_a_chat_is_answered_from_what_the_cache_keeps(frontend:
     assert told["llama_prompt_tokens_cached_total"] == usage["cached_tokens"]
 
 
+def test_guessed_tokens_come_in_the_same_words_and_are_counted(
+    frontend: FakeFrontend, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llama_handler, "die_with_parent", lambda: None)
+    guessing = FakeFrontend(LlamaHandler(), settings(checkpoint, speculation="prompt_lookup"), str(tmp_path))
+    texts = []
+    for each in (frontend, guessing):
+        whole = each.post({**LONG, "max_new_tokens": 300, "n": 2, "stream": False})
+        each.run(whole)
+        stop = json.loads(whole.text)["choices"][0]["text"][200:210]
+        stopped = [
+            each.post({**LONG, "max_new_tokens": 300, "stop": stop, "stream": stream}) for stream in (True, False)
+        ]
+        each.run()
+        *pieces, last = stopped[0].lines
+        assert "".join(piece["text"] for piece in [*pieces, last]) == json.loads(stopped[1].text)["text"]
+        assert last["finish_reason"] == json.loads(stopped[1].text)["finish_reason"] == "stop"
+        assert sum(len(piece["ids"]) for piece in [*pieces, last]) == last["usage"]["completion_tokens"]
+        ids = json.loads(stopped[1].text)["ids"]
+        texts.append((json.loads(whole.text)["choices"], json.loads(stopped[1].text)["text"], ids))
+    assert texts[0] == texts[1]
+    told = [(name, value) for name, value, _ in guessing.metrics.told]
+    guessed, right = (
+        sum(value for name, value in told if name == f"llama_draft_tokens{kind}_total") for kind in ("", "_accepted")
+    )
+    assert guessed >= right > 50
+    assert not any(name.startswith("llama_draft") for name, *_ in frontend.metrics.told)
+
+
 def test_a_long_answer_comes_in_many_chunks(frontend: FakeFrontend) -> None:
     job = frontend.post({**LONG, "max_new_tokens": 1000})
     frontend.run(job)

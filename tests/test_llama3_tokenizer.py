@@ -463,7 +463,7 @@ class ScriptedEngine:
     def step(self) -> list[Output]:
         token = next(self.rest)
         self.sequence.append(token)
-        return [Output(self.sequence, token)]
+        return [Output(self.sequence, token, finish_reason=self.sequence.finish_reason)]
 
 
 @pytest.mark.parametrize("kind", KINDS)

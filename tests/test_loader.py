@@ -85,6 +85,8 @@ def test_cuda_is_refused_where_there_is_none() -> None:
         ({"device": "tpu"}, "config: device is 'tpu'; allowed: auto, cpu, cuda"),
         ({"dtype": "int3"}, "config: dtype is 'int3'; allowed: auto, float32, bfloat16, float16"),
         ({"memory_fraction": 1.5}, "memory_fraction is 1.5; it must be above 0 and at most 1"),
+        ({"speculation": "ngram"}, "speculation is 'ngram'; allowed: none, prompt_lookup"),
+        ({"max_draft_tokens": 0}, "max_draft_tokens is 0; it must be a whole number of at least 1"),
         ({"prefix_reuse": 1}, "prefix_reuse is 1; it must be true or false"),
         *(
             ({"prefill_beside_decode": bad}, f"prefill_beside_decode is {bad!r}; it must be auto or a whole number")

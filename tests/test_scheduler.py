@@ -65,6 +65,31 @@ def test_nobody_overtakes_while_slots_or_budget_are_short() -> None:
     assert s.running == [second, third]
 
 
+def test_guesses_take_what_prompts_leave_and_go_no_further_than_the_limit() -> None:
+    s = Scheduler(SlotPool(3), 12, draft_tokens=4)
+    first, second = add(s, 3), add(s, 3)
+    step(s)
+    for sequence in (first, second):
+        sequence.lookup.draft = lambda tokens, most: (7,) * most
+    # The tokens behind the sequence's own are guesses, and each row of them wants its logits.
+    assert [(len(each.tokens), each.logits) for each in s.next()[0].segments] == [(5, 5), (5, 5)]
+    third = add(s, 8)
+    assert sorted((len(each.tokens), each.logits) for each in s.next()[0].segments) == [(1, 1), (3, 3), (8, 1)]
+    third.finish_reason = FinishReason.STOP
+    first.limit, second.limit = len(first.tokens) + 1, len(second.tokens) + 2
+    assert [(len(each.tokens), each.logits) for each in s.next()[0].segments] == [(1, 1), (2, 2)]
+
+
+def test_rows_of_guesses_in_one_step_are_bounded() -> None:
+    s = Scheduler(SlotPool(20), 1000, draft_tokens=30)
+    sequences = [add(s, 2) for _ in range(20)]
+    step(s)
+    for sequence in sequences:
+        sequence.lookup.draft = lambda tokens, most: (7,) * most
+    plan, _ = s.next()
+    assert sum(each.logits for each in plan.segments) == 20 + MAX_PROMPT_LOGIT_ROWS
+
+
 def test_nothing_to_do_is_no_plan() -> None:
     s = scheduler()
     assert s.next() is None
@@ -111,7 +136,7 @@ def test_a_prompt_goes_on_from_what_another_slot_keeps() -> None:
 def test_a_plan_travels_as_numbers() -> None:
     plan = StepPlan(
         (Segment(3, 7, (5,), 1), Segment(0, 0, (1, 2, 3), 0), Segment(2, 4, (9, 9), 2)),
-        (1, 3),
+        ((1, 0), (3, 9)),
         (Copy(0, 2, 4), Copy(2, 3, 1)),
     )
     numbers = plan.to_numbers()
@@ -122,7 +147,7 @@ def test_the_largest_plan_fits_its_buffer() -> None:
     slots, budget = 3, 8
     plan = StepPlan(
         (Segment(0, 0, (1,), 1), Segment(1, 0, (1,), 1), Segment(2, 0, (1,) * (budget - 2), 1)),
-        tuple(range(slots)),
+        tuple((slot, 0) for slot in range(slots)),
         (Copy(0, 1, 9),) * slots,
     )
     assert len(plan.to_numbers()) <= StepPlan.most_numbers(slots, budget)
