@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 # Fewer tokens are computed as soon as they are copied, and nearly all prompts of a model begin alike for a few.
 LEAST_REUSED = 16
+# So many more tokens are worth waiting for, when the same beginning is just being computed for somebody else.
+WORTH_WAITING = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,8 @@ class SlotPool:
         self._reuse = reuse
         self._free = set(range(slots))
         self._kept = [array("i") for _ in range(slots)]
+        # What each owner came with, all of which will lie in its slot.
+        self._coming = [array("i") for _ in range(slots)]
         # When a slot became free, counted in releases; 0 if nothing of use is in it.
         self._released = [0] * slots
         self._releases = 0
@@ -37,14 +41,20 @@ class SlotPool:
         return len(self._free)
 
     def acquire(self, tokens: Ordered[int] = ()) -> Place | None:
-        """A slot to own until it is released, with what is kept of the tokens; None when all are taken.
+        """A slot to own until it is released, with what is kept of the tokens.
 
-        Of slots without contents the lowest goes first, so that busy ones stay next to one another.
+        None when all are taken, or while another owner's slot is about to hold much more of the tokens. Of slots
+        without contents the lowest goes first, so that busy ones stay next to one another.
         """
         if not self._free:
             return None
         oldest = min(self._free, key=lambda slot: (self._released[slot], slot))
-        place = self._closest(array("i", tokens), oldest) if self._reuse else Place(oldest)
+        wanted = array("i", tokens if self._reuse else ())
+        place = self._closest(wanted, oldest)
+        soon = place.kept + WORTH_WAITING
+        if len(wanted) >= soon and any(coming[:soon] == wanted[:soon] for coming in self._coming):
+            return None
+        self._coming[place.slot] = wanted
         source = place.slot if place.source is None else place.source
         self._kept[place.slot] = self._kept[source][: place.kept]
         self._free.remove(place.slot)
@@ -66,6 +76,7 @@ class SlotPool:
         """Give a slot back; what it holds stays of use until its next owner overwrites it."""
         assert slot not in self._free, f"slot {slot} was released twice"
         self._free.add(slot)
+        self._coming[slot] = array("i")
         self._releases += 1
         self._released[slot] = self._releases if self._kept[slot] else 0
 

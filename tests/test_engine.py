@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_models import TINY, alone, engine_of, finish, limits, model_of, random_weights
 
+from engine import slots
 from engine.config import RequestError
 from engine.drafts import PromptLookup
 from engine.sequence import FinishReason, SamplingParams
@@ -60,7 +61,10 @@ KERNELS = pytest.mark.parametrize(
 
 
 @KERNELS
-def test_500_random_schedules_give_every_survivor_what_it_gets_alone(choices: dict) -> None:
+def test_500_random_schedules_give_every_survivor_what_it_gets_alone(
+    choices: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slots, "WORTH_WAITING", 20)  # prompts are short here
     schedules = SCHEDULES // 5 if "quantization" in choices else SCHEDULES
     rng = random.Random(12)
     beginnings = [random_tokens(rng, 40) for _ in range(3)]
@@ -68,10 +72,10 @@ def test_500_random_schedules_give_every_survivor_what_it_gets_alone(choices: di
     expected = [alone(MODEL, prompt, params, limits(**choices)) for prompt, params in pool]
     survivors = cancelled = reused = drafted = accepted = 0
     for _ in range(schedules):
-        slots = rng.randint(1, 5)
-        budget = rng.choice((slots, 8, 16, 64))
+        count = rng.randint(1, 5)
+        budget = rng.choice((count, 8, 16, 64))
         beside = rng.choice((None, 1, 3, budget))
-        chosen = limits(slots=slots, max_tokens_per_step=budget, prefill_beside_decode=beside, **choices)
+        chosen = limits(slots=count, max_tokens_per_step=budget, prefill_beside_decode=beside, **choices)
         chosen = dataclasses.replace(chosen, draft_tokens=rng.choice((0, 1, 3, 8)))
         engine = engine_of(MODEL, chosen)
         arrivals = sorted((rng.randint(0, 12), index) for index in rng.choices(range(len(pool)), k=rng.randint(2, 7)))
@@ -85,9 +89,9 @@ def test_500_random_schedules_give_every_survivor_what_it_gets_alone(choices: di
             if sequences and rng.random() < 0.05:
                 engine.cancel(rng.choice(sequences)[1])
             engine.step()
-            assert engine.running + engine.slots.free == slots
+            assert engine.running + engine.slots.free == count
             step += 1
-        assert engine.slots.free == slots
+        assert engine.slots.free == count
         for index, sequence in sequences:
             reused += sequence.cached > 0
             drafted += sequence.drafted
@@ -172,6 +176,19 @@ def test_a_wrong_guess_whose_numbers_are_not_finite_harms_nobody(choices: dict) 
     found = [finish(engine, sequence) for sequence in sequences]
     assert found == [alone(MODEL, prompt, params, limits(**choices)) for prompt in prompts]
     assert all(sequence.drafted > sequence.accepted for sequence in sequences)
+
+
+def test_of_many_answers_to_one_prompt_only_the_first_computes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slots, "WORTH_WAITING", 20)
+    prompt, params = list(range(1, 41)), SamplingParams(max_tokens=5, temperature=0.0)
+    engine = engine_of(MODEL, limits(slots=4, max_tokens_per_step=16))
+    sequences = [engine.add(prompt, params) for _ in range(4)]
+    assert [finish(engine, sequence) for sequence in sequences] == [alone(MODEL, prompt, params)] * 4
+    assert [sequence.cached > 20 for sequence in sequences] == [False, True, True, True]
+    other = [engine.add(prompt[::-1], params) for _ in range(2)]
+    engine.step()
+    engine.cancel(other[0])
+    assert finish(engine, other[1]) == alone(MODEL, prompt[::-1], params), "nobody waits for one that left"
 
 
 def test_what_a_cancelled_sequence_computed_is_of_use_to_the_next() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from engine.slots import LEAST_REUSED, Place, SlotPool
+from engine.slots import LEAST_REUSED, WORTH_WAITING, Place, SlotPool
 
 
 def fill(pool: SlotPool, tokens: list[int], release: bool = True) -> int:
@@ -57,7 +57,7 @@ def test_slots_without_contents_go_first_and_the_lowest_of_them() -> None:
 
 def test_what_was_overwritten_or_forgotten_is_not_given_to_others() -> None:
     pool = SlotPool(2)
-    slot = fill(pool, FIRST, release=False)
+    slot = fill(pool, FIRST[:50], release=False)
     pool.note(slot, 30, [7])
     assert pool.acquire(FIRST) == Place(1, 30, source=0)
     pool.forget(0), pool.forget(1)
@@ -75,9 +75,28 @@ def test_a_beginning_that_is_too_short_is_not_worth_it() -> None:
     assert pool.acquire(FIRST[:LEAST_REUSED]) == Place(1, LEAST_REUSED, source=0)
 
 
+def test_who_wants_what_another_just_computes_waits_for_it() -> None:
+    pool = SlotPool(4)
+    assert pool.acquire(FIRST) == Place(0)
+    assert pool.acquire(FIRST + [7]) is None
+    assert pool.acquire(FIRST[: WORTH_WAITING - 1] + [7] * 50) == Place(1), "so little is not worth it"
+    pool.note(0, 0, FIRST[: 100 - WORTH_WAITING])
+    assert pool.acquire(FIRST + [7]) is None
+    pool.note(0, 100 - WORTH_WAITING, [FIRST[100 - WORTH_WAITING]])
+    assert pool.acquire(FIRST + [7]) == Place(2, 100 - WORTH_WAITING + 1, source=0)
+    # One whose owner left is not waited for.
+    assert pool.acquire(SECOND) == Place(3)
+    pool.release(2)
+    assert pool.acquire(SECOND + [7]) is None
+    pool.release(3)
+    assert pool.acquire(SECOND + [7]) == Place(3)
+
+
 def test_nothing_is_reused_when_that_is_turned_off() -> None:
     pool = SlotPool(2, reuse=False)
     fill(pool, FIRST)
     assert pool.acquire(FIRST) == Place(0)
+    assert pool.acquire(FIRST) == Place(1)
+    pool.release(1)
     pool.release(0)
     assert pool.acquire(FIRST) == Place(0)
