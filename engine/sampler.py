@@ -2,6 +2,8 @@
 
 The order is that of the field: logit bias and penalties, temperature, top-k, top-p, min-p, draw. Log-probabilities
 are the model's own, before any of it. Shapes: R rows, V vocabulary.
+
+Logits may lie on a GPU: what is needed beside them is sent there without waiting, and nothing but results comes back.
 """
 
 from __future__ import annotations
@@ -22,9 +24,9 @@ def choose_tokens(logits_RV: Tensor, sequences: Ordered[Sequence]) -> list[int]:
     drawn = [row for row, options in enumerate(params) if options.temperature > 0.0]
     if drawn:
         options = [params[row] for row in drawn]
-        weights = filtered_probabilities(logits_RV[drawn], options)
-        keys = torch.tensor([sequences[row].draw() for row in drawn], device=logits_RV.device)
-        tokens_R[drawn] = draw(weights, keys)
+        rows = _some(drawn, logits_RV)
+        weights = filtered_probabilities(logits_RV[rows], options)
+        tokens_R[rows] = draw(weights, _beside(logits_RV, [sequences[row].draw() for row in drawn]))
     return tokens_R.tolist()
 
 
@@ -38,21 +40,29 @@ def adjust(logits_RV: Tensor, sequences: Ordered[Sequence]) -> Tensor:
         _penalise(logits_RV[row], sequences[row])
         bias = sequences[row].params.logit_bias
         if bias:
-            ids = torch.tensor(list(bias), device=logits_RV.device)
-            logits_RV[row, ids] += torch.tensor(list(bias.values()), dtype=logits_RV.dtype, device=logits_RV.device)
+            logits_RV[row, _beside(logits_RV, list(bias))] += _beside(logits_RV, list(bias.values()), logits_RV.dtype)
     return logits_RV
+
+
+def _beside(logits: Tensor, values: Ordered[float], dtype: torch.dtype | None = None) -> Tensor:
+    """The values on the logits' device, whose work is not waited for: their copy queues behind it."""
+    return torch.tensor(values, dtype=dtype).to(logits.device, non_blocking=True)
+
+
+def _some(rows: list[int], logits_RV: Tensor) -> Tensor | slice:
+    """An index of some rows in rising order; all of them, the common case, need no copy."""
+    return slice(None) if len(rows) == len(logits_RV) else _beside(logits_RV, rows)
 
 
 def _penalise(logits_V: Tensor, sequence: Sequence) -> None:
     """Repetition over prompt and output (as in CTRL), presence and frequency over the output (as OpenAI has it)."""
     params, counts = sequence.params, sequence.output_counts
     if params.repetition_penalty != 1.0:
-        ids = torch.tensor(sorted(sequence.prompt_ids | counts.keys()), device=logits_V.device)
+        ids = _beside(logits_V, sorted(sequence.prompt_ids | counts.keys()))
         seen = logits_V[ids]
         logits_V[ids] = torch.where(seen > 0, seen / params.repetition_penalty, seen * params.repetition_penalty)
     if counts and (params.presence_penalty or params.frequency_penalty):
-        ids = torch.tensor(list(counts), device=logits_V.device)
-        times = torch.tensor(list(counts.values()), dtype=logits_V.dtype, device=logits_V.device)
+        ids, times = _beside(logits_V, list(counts)), _beside(logits_V, list(counts.values()), logits_V.dtype)
         logits_V[ids] -= params.presence_penalty + params.frequency_penalty * times
 
 
@@ -60,15 +70,16 @@ def filtered_probabilities(logits_RV: Tensor, params: Ordered[SamplingParams]) -
     """Probabilities after temperature, with the tokens that top-k, top-p or min-p exclude at zero; not renormalised."""
 
     def column(name: str, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.tensor([getattr(p, name) for p in params], dtype=dtype, device=logits_RV.device)[:, None]
+        return _beside(logits_RV, [getattr(p, name) for p in params], dtype)[:, None]
 
     # The largest logit becomes 0 first, so that a tiny temperature cannot overflow.
     scaled_RV = (logits_RV - logits_RV.amax(-1, keepdim=True)) / column("temperature").clamp_min(1e-6)
     probabilities_RV = scaled_RV.softmax(-1)
     cut = [row for row, p in enumerate(params) if p.top_k or p.top_p < 1.0]
     if cut:
-        probabilities_RV[cut] = _cut_tail(
-            probabilities_RV[cut], column("top_k", torch.int64)[cut], column("top_p", torch.float64)[cut]
+        rows = _some(cut, logits_RV)
+        probabilities_RV[rows] = _cut_tail(
+            probabilities_RV[rows], column("top_k", torch.int64)[rows], column("top_p", torch.float64)[rows]
         )
     if any(p.min_p for p in params):
         floor = column("min_p") * probabilities_RV.amax(-1, keepdim=True)
@@ -117,7 +128,7 @@ def token_logprobs(logits_RV: Tensor, tokens: Ordered[int], tops: Ordered[int]) 
     if not tokens:
         return []
     logprobs_RV = logits_RV.log_softmax(-1)
-    chosen = logprobs_RV.gather(-1, torch.tensor(tokens, device=logits_RV.device)[:, None])[:, 0].tolist()
+    chosen = logprobs_RV.gather(-1, _beside(logits_RV, tokens)[:, None])[:, 0].tolist()
     widest = min(max(tops), logits_RV.shape[-1])
     values, ids = logprobs_RV.topk(widest, -1)
     result = []

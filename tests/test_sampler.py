@@ -135,3 +135,16 @@ def test_logprobs_are_the_models_own_with_as_many_alternatives_as_asked() -> Non
 def test_rows_that_are_not_finite_are_found() -> None:
     rows = torch.stack((LOGITS[0], LOGITS[0] * float("inf"), LOGITS[0].masked_fill(LOGITS[0] == 0, float("nan"))))
     assert finite_rows(rows) == [True, False, False]
+
+
+def test_sampling_looks_at_no_value_before_the_tokens_are_there() -> None:
+    """On torch's meta device there are no values, so that whatever waits for one fails."""
+    options = [
+        SamplingParams(temperature=1.0, top_k=4, top_p=0.9, min_p=0.1, repetition_penalty=1.1),
+        SamplingParams(temperature=0.5, logit_bias={3: 2.0}, presence_penalty=0.5, seed=1),
+    ]
+    sequences = [Sequence([1, 2, 3], params) for params in options]
+    sequences[1].append(5)
+    logits_RV = adjust(torch.empty(2, WIDTH, device="meta"), sequences)
+    tokens_R = draw(filtered_probabilities(logits_RV, options), torch.tensor([7, 8], device="meta"))
+    assert tokens_R.device.type == "meta" and tokens_R.shape == (2,)
