@@ -362,6 +362,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     model.add_argument("--max-draft-tokens", type=int, default=8, metavar="N", help="guesses at once (default: 8)")
     model.add_argument("--threads", type=int, metavar="N", help="CPU threads per rank (default: by model and cores)")
+    model.add_argument("--no-cuda-graphs", action="store_true", help="launch a GPU's decode steps kernel by kernel")
     model.add_argument("--no-verify", action="store_true", help="do not compare the checkpoint with its hashes")
     draw = parser.add_argument_group("sampling")
     draw.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")
@@ -433,6 +434,7 @@ def run(flags: argparse.Namespace, launch: Launch) -> None:
         dtype=flags.dtype,
         quantization=flags.quantization,
         kernels=flags.kernels,
+        cuda_graphs=not flags.no_cuda_graphs,
         threads=flags.threads,
         verify_checkpoint=not flags.no_verify,
     )

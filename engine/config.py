@@ -75,6 +75,7 @@ class EngineConfig:
     dtype: str = "auto"
     quantization: str = "none"
     kernels: str = "auto"
+    cuda_graphs: bool = True
     threads: int | None = None
     memory_fraction: float = 0.9
     verify_checkpoint: bool = True
@@ -101,7 +102,7 @@ class EngineConfig:
         fraction = self.memory_fraction
         if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 1:
             raise ConfigError(f"memory_fraction is {fraction!r}; it must be above 0 and at most 1")
-        for name in ("prefix_reuse", "verify_checkpoint"):
+        for name in ("prefix_reuse", "cuda_graphs", "verify_checkpoint"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be true or false")
         if self.max_batch_size is not None and self.max_tokens_per_step < self.max_batch_size:

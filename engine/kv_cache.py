@@ -68,6 +68,15 @@ class KVCache:
                 mask = cached <= positions_N[rows, None]
             self._chunks.append((segment.slot, segment.start + len(segment.tokens), rows, mask))
 
+    def begin_padded(self, slots_N: Tensor, positions_N: Tensor, view: slice | Tensor, length: int) -> None:
+        """Say the same of single tokens whose places only the device knows: row by row they attend over the first
+        `length` positions of the slots in `view`, up to their own.
+        """
+        self._slots_N, self._positions_N = slots_N, positions_N
+        self._chunks, self._places = [], None
+        self._view, self._longest = view, length
+        self._mask = torch.arange(length, device=self._device) <= positions_N[:, None, None, None]
+
     def _begin_singles(self, singles: list[Segment]) -> None:
         """Choose the view of the cache that all single tokens attend over at once."""
         slots = [segment.slot for segment in singles]

@@ -41,11 +41,17 @@ class Limits:
     """Tokens of prompts in a step that others decode in; None learns it."""
     draft_tokens: int = 0
     """The most tokens of a sequence that are guessed and verified in one step; 0 guesses none."""
+    cuda_graphs: bool = False
+    """Whether a GPU's decode steps are captured and replayed."""
 
     @property
     def scheme(self) -> Scheme | None:
         """How weights are quantized, if they are."""
         return SCHEMES.get(self.quantization)
+
+    def graphs(self, ranks: int) -> bool:
+        """Whether that many ranks use CUDA graphs: not several, whose collectives nobody has tried in one."""
+        return self.cuda_graphs and ranks == 1
 
     @classmethod
     def settle(cls, config: EngineConfig, args: ModelArgs, device: str) -> Limits:
@@ -61,7 +67,8 @@ class Limits:
         sizes = (length, slots, config.max_tokens_per_step)
         drafts = 0 if config.speculation == "none" else config.max_draft_tokens
         beside = None if config.prefill_beside_decode == "auto" else config.prefill_beside_decode
-        return cls(*sizes, dtype, config.quantization, native, config.prefix_reuse, beside, drafts)
+        graphs = config.cuda_graphs and device.startswith("cuda")
+        return cls(*sizes, dtype, config.quantization, native, config.prefix_reuse, beside, drafts, graphs)
 
 
 @dataclass(frozen=True)
@@ -114,8 +121,10 @@ def memory_need(args: ModelArgs, limits: Limits, ranks: int) -> MemoryNeed:
         if len(shape) == 2:
             count = -(-count // (parts if ".wk." in name or ".wv." in name else ranks))
         weights += count * _bytes_per_weight(name, shape, args, limits)
+    graphs = limits.graphs(ranks)
+    length = limits.max_seq_len + graphs  # padded rows write to the position behind the last one
     cache = KVCache.bytes_needed(
-        args.n_layers, limits.max_batch_size, args.n_kv_heads // parts, limits.max_seq_len, args.head_dim, limits.dtype
+        args.n_layers, limits.max_batch_size, args.n_kv_heads // parts, length, args.head_dim, limits.dtype
     )
     heads, keys, hidden = args.n_heads // ranks, args.n_kv_heads // parts, args.ffn_hidden_dim // ranks
     # Per token: the residual stream and its normalised copy, one layer's heads (rotated in float32), its gates.
@@ -127,7 +136,13 @@ def memory_need(args: ModelArgs, limits: Limits, ranks: int) -> MemoryNeed:
         widest = max(args.dim, heads * args.head_dim, hidden)
         per_token = 4 * (2 * args.dim + (heads + 2 * keys) * args.head_dim + 2 * hidden) + 8 * widest
         masks = 16 * args.head_dim * limits.max_seq_len  # RoPE's table, and the same again for a layer's packing
-    return MemoryNeed(int(weights), cache, limits.max_tokens_per_step * per_token + rows * args.vocab_size * 32 + masks)
+    working = limits.max_tokens_per_step * per_token + rows * args.vocab_size * 32 + masks
+    if graphs:
+        # What graphs use is kept for them: activations, logits in both dtypes and in the buffer that all share, and one
+        # layer of the slots that are brought together, fewer than half of them. What the driver itself keeps for a
+        # graph cannot be known from here; the share of memory that memory_fraction leaves free is for such things.
+        working += limits.max_batch_size * (per_token + 12 * args.vocab_size) + cache // args.n_layers // 2
+    return MemoryNeed(int(weights), cache, working)
 
 
 def _bytes_per_weight(name: str, shape: tuple[int, ...], args: ModelArgs, limits: Limits) -> float:

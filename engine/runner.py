@@ -7,6 +7,7 @@ from torch import Tensor
 
 from engine.checkpoint import Checkpoint
 from engine.cpu.runner import CpuRunner
+from engine.decode_graphs import Capture, CudaCapture, DecodeGraphs
 from engine.kv_cache import KVCache
 from engine.loader import Limits, fill, lay_out, load_model
 from engine.parallel import Ranks
@@ -18,31 +19,40 @@ from llama2 import Transformer, tensor_parallel_mesh_shape
 class Runner:
     """A model, its cache, and nothing that remembers requests."""
 
-    def __init__(self, model: Transformer, limits: Limits, device: str, ranks: int) -> None:
+    def __init__(
+        self, model: Transformer, limits: Limits, device: str, ranks: int, capture: Capture | None = None
+    ) -> None:
         args = model.args
+        if capture is None and limits.graphs(ranks):
+            capture = CudaCapture(device)
         parts, _ = tensor_parallel_mesh_shape(args, ranks)
         self.model, self._device = model, device
         self.cache = KVCache(
             args.n_layers,
             limits.max_batch_size,
             args.n_kv_heads // parts,
-            limits.max_seq_len,
+            limits.max_seq_len + (capture is not None),
             args.head_dim,
             limits.dtype,
             device,
         )
+        self._graphs = DecodeGraphs(model, self.cache, limits, device, capture) if capture is not None else None
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> Tensor | None:
         """Logits (R, V) of the rows that the plan wants, in its order; None on ranks that do not lead."""
+        self.cache.scrub(plan.scrub)
+        self.cache.copy(plan.copies)
+        if self._graphs is not None:
+            logits_RV = self._graphs.run(plan.segments)
+            if logits_RV is not None:
+                return logits_RV
         tokens, positions, rows = [], [], []
         for segment in plan.segments:
             tokens += segment.tokens
             positions += range(segment.start, segment.start + len(segment.tokens))
             rows += range(len(tokens) - segment.logits, len(tokens))
         positions_N = torch.tensor(positions, device=self._device)
-        self.cache.scrub(plan.scrub)
-        self.cache.copy(plan.copies)
         self.cache.begin(plan.segments, positions_N)
         return self.model(
             torch.tensor(tokens, device=self._device),

@@ -95,6 +95,7 @@ class HandlerSettings:
     dtype: str = EngineConfig.dtype
     quantization: str = EngineConfig.quantization
     kernels: str = EngineConfig.kernels
+    cuda_graphs: bool = EngineConfig.cuda_graphs
     threads: int | None = None
     memory_fraction: float = EngineConfig.memory_fraction
     verify_checkpoint: bool = EngineConfig.verify_checkpoint

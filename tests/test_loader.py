@@ -54,6 +54,11 @@ def test_the_preflight_says_what_will_be_held(caplog: pytest.LogCaptureFixture) 
 def test_settings_win_over_the_checkpoints_defaults() -> None:
     limits = Limits.settle(EngineConfig(max_seq_len=99), TINY, "cpu")
     assert (limits.max_seq_len, limits.max_batch_size) == (99, TINY.max_batch_size)
+    graphs = [
+        Limits.settle(EngineConfig(cuda_graphs=wanted, dtype="float32"), TINY, device).cuda_graphs
+        for wanted, device in ((True, "cuda:0"), (False, "cuda:0"), (True, "cpu"))
+    ]
+    assert graphs == [True, False, False], "only a GPU has them"
     with pytest.raises(ConfigError, match=r"max_tokens_per_step is 4; it must be at least max_batch_size \(8\)"):
         Limits.settle(EngineConfig(max_tokens_per_step=4), TINY, "cpu")
 
@@ -80,7 +85,7 @@ def test_cuda_is_refused_where_there_is_none() -> None:
     ("settings", "message"),
     [
         ({"max_sequence_len": 5}, "config: unknown key 'max_sequence_len'; did you mean 'max_seq_len'?"),
-        ({"quux": 5}, "config: unknown key 'quux'; allowed: device, dtype, kernels, max_batch_size"),
+        ({"quux": 5}, "config: unknown key 'quux'; allowed: cuda_graphs, device, dtype, kernels, max_batch_size"),
         ({"max_seq_len": 0}, "config: max_seq_len is 0; it must be a whole number of at least 1"),
         ({"device": "tpu"}, "config: device is 'tpu'; allowed: auto, cpu, cuda"),
         ({"dtype": "int3"}, "config: dtype is 'int3'; allowed: auto, float32, bfloat16, float16"),
@@ -88,6 +93,7 @@ def test_cuda_is_refused_where_there_is_none() -> None:
         ({"speculation": "ngram"}, "speculation is 'ngram'; allowed: none, prompt_lookup"),
         ({"max_draft_tokens": 0}, "max_draft_tokens is 0; it must be a whole number of at least 1"),
         ({"prefix_reuse": 1}, "prefix_reuse is 1; it must be true or false"),
+        ({"cuda_graphs": "no"}, "cuda_graphs is 'no'; it must be true or false"),
         *(
             ({"prefill_beside_decode": bad}, f"prefill_beside_decode is {bad!r}; it must be auto or a whole number")
             for bad in ("few", 0, True, 2.5)

@@ -51,8 +51,11 @@ def engine_of(model: Transformer, chosen: Limits | None = None) -> Engine:
     """An engine of one rank on a model that is already there."""
     chosen = chosen or limits()
     ranks = Ranks(Launch(), "cpu", model.args)
-    # The native runner takes the weights out of the model that it is given.
-    runner = CpuRunner(copy.deepcopy(model), chosen) if chosen.native else Runner(model, chosen, "cpu", 1)
+    if chosen.native:  # this one takes the weights out of the model that it is given
+        return Engine(CpuRunner(copy.deepcopy(model), chosen), chosen, ranks, model.args.vocab_size)
+    # Nothing can be captured on a CPU: what would be is computed in the same static shapes, every time anew.
+    capture = (lambda forward: forward) if chosen.cuda_graphs else None
+    runner = Runner(model, chosen, "cpu", 1, capture)
     return Engine(runner, chosen, ranks, model.args.vocab_size)
 
 
