@@ -34,7 +34,8 @@ class MegatronSource(Source):
 
     def __init__(self, folder: Path, tokenizer_path: Path | None = None) -> None:
         iteration = _iteration(folder)
-        self._files = DistributedFiles(iteration) if (iteration / CONFIG).exists() else RankFiles(iteration)
+        distributed = (iteration / CONFIG).exists() or not _has_ranks(iteration)
+        self._files = DistributedFiles(iteration) if distributed else RankFiles(iteration)
         self.files = [*([] if iteration == folder else [folder / TRACKER]), *self._files.files]
         self.shards = self._files.shards
         self.tokenizer_path = find_tokenizer(folder, tokenizer_path)
@@ -146,8 +147,12 @@ def _field_text(key: tuple[str, int | None]) -> str:
     return key[0] if key[1] is None else f"{key[0]} of layer {key[1]}"
 
 
+def _has_ranks(folder: Path) -> bool:
+    return next(folder.glob("mp_rank_*"), None) is not None
+
+
 def _is_iteration(folder: Path) -> bool:
-    return next(folder.glob("mp_rank_*"), None) is not None or (folder / COMMON).exists()
+    return _has_ranks(folder) or (folder / COMMON).exists()
 
 
 def _iteration(folder: Path) -> Path:

@@ -114,6 +114,13 @@ def test_a_distributed_checkpoint_of_another_model_is_refused(tmp_path, change, 
     assert complaint in refusal(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["metadata.json", ".metadata", "__0_0.distcp"])
+def test_a_file_that_is_gone_is_named(tmp_path, name):
+    write_distributed(tmp_path, random_tensors(GROUPED), GROUPED, 1)
+    (tmp_path / "iter_0000020" / name).unlink()
+    assert f"{tmp_path / 'iter_0000020' / name}: " in refusal(tmp_path)
+
+
 def test_blocks_that_leave_a_hole_are_refused(tmp_path):
     write_distributed(tmp_path, random_tensors(GROUPED), GROUPED, 2)
     path = tmp_path / "iter_0000020/.metadata"
