@@ -31,7 +31,8 @@ READABLE = (
     *(GGMLQuantizationType[name] for name in ("IQ4_NL", "IQ4_XS")),
 )
 
-# What of them can be written; the reference has no quantizer for the others.
+# What of them can be written: all that the reference quantizes (no K-quant), but for kinds that only models trained for
+# them can have.
 WRITABLE = {
     kind.name.lower(): kind
     for kind in (*PLAIN, *(GGMLQuantizationType[name] for name in ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")))
@@ -81,11 +82,7 @@ def stored_blocks(tensor: Tensor, kind: GGMLQuantizationType, name: str) -> Iter
                 made = quantize(rows[start:end].float().numpy(), kind)
         return _checked(made, kind, name)
 
-    blocks = _row_blocks(*rows.shape)
-    if kind in PLAIN or kind in _QUANTIZE:
-        # torch has threads of its own.
-        return (make(*block) for block in blocks)
-    return _in_threads(make, blocks)
+    return _in_threads(make, _row_blocks(*rows.shape))
 
 
 def _quantize_q8_0(x: Tensor) -> Tensor:
@@ -150,13 +147,20 @@ def _row_blocks(rows: int, columns: int) -> list[tuple[int, int]]:
 
 
 def _in_threads(work: Callable[[int, int], Any], blocks: list[tuple[int, int]]) -> Iterator[Any]:
-    """The results in order; at most one for each thread, and one more, is made before it is taken."""
-    count = os.cpu_count() or 1
-    with ThreadPoolExecutor(count) as threads:
-        begun: deque[Future[Any]] = deque()
-        for block in blocks:
-            begun.append(threads.submit(work, *block))
-            if len(begun) > count:
+    """The results in order; at most one for each thread, and one more, is made before it is taken.
+
+    Each block has one thread to itself: torch's own threads wait for one another after every operation, which on a
+    machine that has other work takes longer than the operations.
+    """
+    count, of_torch = os.cpu_count() or 1, torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as threads:
+            begun: deque[Future[Any]] = deque()
+            for block in blocks:
+                begun.append(threads.submit(work, *block))
+                if len(begun) > count:
+                    yield begun.popleft().result()
+            while begun:
                 yield begun.popleft().result()
-        while begun:
-            yield begun.popleft().result()
+    finally:
+        torch.set_num_threads(of_torch)  # what threads that come later begin with
