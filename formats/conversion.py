@@ -13,7 +13,15 @@ import torch
 
 from engine.checkpoint import FORMAT_VERSION, MANIFEST, CheckpointError, check_hashes, check_sizes, sha256_of
 from formats import SINKS, open_source
-from formats.output import OutputError, OutputTaken, partial_folder, put_file_in_place, put_in_place, write_file
+from formats.output import (
+    OutputError,
+    OutputTaken,
+    in_background,
+    partial_folder,
+    put_file_in_place,
+    put_in_place,
+    write_file,
+)
 from formats.sink import Sink
 from formats.source import FormatError, Source, byte_bar, read_json
 
@@ -91,13 +99,9 @@ class Conversion:
             return False
         self._check_target(force)
         self._check_space()
-        if verify:
-            self.source.verify(self.progress)
         with partial_folder(self.target) as folder:
             try:
-                with byte_bar(self.sink.tensor_bytes(), "converting", self.progress) as bar:
-                    hashed = self.sink.write(folder, bar.update)
-                self._write_manifest(folder, hashed)
+                self._write_manifest(folder, self._write(folder, verify))
             except OSError as error:
                 raise OutputError(f"{self.target}: cannot be written: {error.strerror or error}") from None
             try:
@@ -109,6 +113,24 @@ class Conversion:
                     raise
                 return False
         return True
+
+    def _write(self, folder: Path, verify: bool) -> dict[str, dict[str, Any]]:
+        """Have the sink write the folder, and check the input's own checksums meanwhile, which reads it only once."""
+        checked = in_background(self.source.verify if verify else lambda: None)
+        with byte_bar(self.sink.tensor_bytes(), "converting", self.progress) as bar:
+
+            def advance(size: int) -> None:
+                bar.update(size)
+                if checked.done():
+                    checked.result()
+
+            try:
+                hashed = self.sink.write(folder, advance)
+            except FormatError:
+                checked.result()  # that the input is damaged explains more
+                raise
+            checked.result()
+        return hashed
 
     def _fingerprint(self) -> dict[str, Any]:
         """What the output follows from; equal fingerprints mean that converting again would change nothing."""

@@ -12,8 +12,9 @@ import re
 import secrets
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -31,6 +32,25 @@ class OutputTaken(OutputError):
     """Another process put something in the output's place first."""
 
 
+def in_background(work: Callable[[], object]) -> Future[None]:
+    """Do the work in a thread that the interpreter does not wait for at its end.
+
+    A signal may end the program when the thread already runs and nobody is there yet to stop it.
+    """
+    done: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            done.set_exception(error)
+        else:
+            done.set_result(None)
+
+    threading.Thread(target=run, daemon=True).start()
+    return done
+
+
 class HashedFile:
     """A new file, hashed while it is written; complete and on disk when it is closed.
 
@@ -45,7 +65,7 @@ class HashedFile:
         self._changed = threading.Condition()
         self._digests = {name: hashlib.new(name, usedforsecurity=False) for name in algorithms}
         self.size = 0
-        self._hashing = [self._begin(digest) for digest in self._digests.values()]
+        self._hashing = [in_background(partial(self._hash, digest)) for digest in self._digests.values()]
 
     def write(self, data: Any) -> int:
         """Append bytes."""
@@ -125,24 +145,6 @@ class HashedFile:
             with self._changed:
                 self._written += count
                 self._changed.notify_all()
-
-    def _begin(self, digest: Any) -> Future[None]:
-        """Hash in a thread that the interpreter does not wait for at its end.
-
-        A signal may come when the thread already runs and nobody can close the file yet.
-        """
-        hashed: Future[None] = Future()
-
-        def follow() -> None:
-            try:
-                self._hash(digest)
-            except BaseException as error:
-                hashed.set_exception(error)
-            else:
-                hashed.set_result(None)
-
-        threading.Thread(target=follow, name="hash", daemon=True).start()
-        return hashed
 
     def _hash(self, digest: Any) -> None:
         """Follow the writer to the file's end, or until nothing of it is wanted any more."""

@@ -35,6 +35,7 @@ import checkpoint_converter
 import formats.dcp
 from checkpoint_converter import convert, main
 from engine.checkpoint import open_checkpoint, read_tensors
+from formats import FormatError
 from formats.dcp import DCPSink
 from formats.meta import MetaSource
 from formats.output import HashedFile
@@ -175,6 +176,47 @@ def test_only_one_tensor_is_in_memory_at_a_time(meta, tmp_path, monkeypatch):
     sizes = {tensor.nbytes for tensor in random_tensors(ARGS, torch.bfloat16).values()}
     assert most == 1
     assert sorted(size for _, size in buffers) == sorted(sizes)  # blocks of one size share one buffer
+
+
+def test_the_input_is_verified_while_the_output_is_written(meta, tmp_path, monkeypatch):
+    write, begun, verified = DCPSink.write, threading.Event(), threading.Event()
+
+    def verify(self: MetaSource) -> None:
+        assert begun.wait(20)
+        verified.set()
+
+    def writing(*arguments: Any) -> Any:
+        begun.set()
+        assert verified.wait(20)
+        return write(*arguments)
+
+    monkeypatch.setattr(MetaSource, "verify", verify)
+    monkeypatch.setattr(DCPSink, "write", writing)
+    convert(meta, tmp_path / "out")
+    open_checkpoint(tmp_path / "out")
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_a_damaged_input_ends_the_writing_and_is_what_is_told(meta, tmp_path, capsys, monkeypatch, early):
+    failed, written = threading.Event(), 0
+
+    def verify(self: MetaSource) -> None:
+        assert early or failed.wait(20)
+        raise FormatError("consolidated.00.pth: is corrupt")
+
+    def read(self: MetaSource, name: str) -> torch.Tensor:
+        nonlocal written
+        written += 1
+        if early:
+            time.sleep(0.01)
+            return torch.zeros(self.args.tensor_shapes()[name])
+        failed.set()
+        raise FormatError("a tensor is strange")
+
+    monkeypatch.setattr(MetaSource, "verify", verify)
+    monkeypatch.setattr(MetaSource, "read", read)
+    assert "consolidated.00.pth: is corrupt" in error_line(capsys, meta, tmp_path / "out")
+    assert written < 10 and only(tmp_path) == ["meta"]
 
 
 def test_numbers_that_float16_cannot_hold_are_refused(tmp_path, tokenizer, capsys):
