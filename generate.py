@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from engine.config import (
     DEVICES,
@@ -306,7 +306,7 @@ def _read(path: str) -> str:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Takes flags spelt with underscores too, as the tools before this one had them."""
+    """Takes flags spelt with underscores too, as the tools before this one had them; tells errors in one line."""
 
     def parse_known_args(self, args=None, namespace=None):
         words = sys.argv[1:] if args is None else args
@@ -315,6 +315,9 @@ class _Parser(argparse.ArgumentParser):
             name, equals, value = word.partition("=")
             respelt.append(name.replace("_", "-") + equals + value if name.startswith("--") else word)
         return super().parse_known_args(respelt, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
 def _number_or_auto(word: str) -> int | str:

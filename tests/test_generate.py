@@ -296,5 +296,6 @@ def test_usage_errors_name_the_flag(capsys: pytest.CaptureFixture[str]) -> None:
     ):
         with pytest.raises(SystemExit) as ended:
             main(flags)
+        err = capsys.readouterr().err
         assert ended.value.code == 2
-        assert message in capsys.readouterr().err
+        assert err.startswith("generate.py: error: ") and err.count("\n") == 1 and message in err

@@ -27,6 +27,7 @@ from urllib.parse import quote, urlsplit
 
 from engine.config import DEVICES, DTYPES, QUANTIZATIONS, EngineConfig, RequestError, nearest
 from engine.sequence import FinishReason, SamplingParams
+from tools.command_line import Parser
 
 # What takes seconds to import (torch) or serves one backend only is imported where it is used.
 try:
@@ -782,7 +783,7 @@ def _printable(text: str) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m tools.chat",
         description="Talk to a Llama: on a server, or straight on a checkpoint (the embedded demo model if neither is "
         "given). In a pipe, each line is a message and only the answers go to stdout.",

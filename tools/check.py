@@ -26,6 +26,7 @@ from formats import FormatError, Source, open_source
 from formats.source import byte_bar, shape_text
 from llama2 import Transformer
 from tokenizing import Tokenizer, TokenizerError, load_tokenizer
+from tools.command_line import Parser
 
 PROMPTS = ("Once upon a time", "The capital of France is", "def main():\n    ", "1 + 1 =", "Égypte, 🔥 fire")
 # What a format may decide by itself: defaults for a server, not the model.
@@ -46,7 +47,7 @@ class Difference:
 
 def main(argv: list[str] | None = None) -> int:
     """Compare and report; 0 when they are the same to the tolerance, 1 when not, 2 when one cannot be read."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m tools.check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("a", metavar="A", type=Path)

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from formats.output import OutputError, put_in_place
 from formats.source import byte_bar
+from tools.command_line import Parser
 from tools.download_http import Client, DownloadError, printable, split_url
 from tools.download_hub import ENDPOINT, FORMATS, Repository
 from tools.download_meta import LAYOUTS, MetaLink
@@ -181,7 +182,7 @@ def _note(text: str) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m tools.download",
         description="Bring a Llama checkpoint from the Hugging Face hub, or from Meta by the link of its e-mail. "
         "OUT appears when all is there and checked; until then OUT.partial grows, and the same command continues it.",

@@ -5,7 +5,6 @@ python -m tools.serve start [KEY=VALUE ...] | stop | status
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import signal
 import sys
@@ -19,6 +18,7 @@ from deploy import processes, server
 from deploy.configuration import Options, plan_model
 from deploy.java import find_java, own_environment
 from engine.config import ConfigError
+from tools.command_line import Parser
 
 QUESTION = '{"mode": "chat", "dialog": [{"role": "user", "content": "What is the capital of France?"}]}'
 
@@ -136,7 +136,7 @@ def _terminate_as_interrupt() -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m tools.serve", description="Serve the model with TorchServe.")
+    parser = Parser(prog="python -m tools.serve", description="Serve the model with TorchServe.")
     parser.add_argument("command", choices=("start", "stop", "status"))
     Options.add_arguments(parser)
     flags = parser.parse_args(argv)
