@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -34,17 +35,19 @@ class Usage:
     """What one command took."""
 
     seconds: float
+    cpu_seconds: float
     anonymous: int
     resident: int
 
     def __str__(self) -> str:
         own, all_ = self.anonymous / 1e9, self.resident / 1e9
-        return f"{self.seconds:.1f} s, peak {own:.2f} GB of its own memory ({all_:.2f} GB with mapped files)"
+        memory = f"peak {own:.2f} GB of its own memory ({all_:.2f} GB with mapped files)"
+        return f"{self.seconds:.1f} s ({self.cpu_seconds:.1f} s of CPU), {memory}"
 
 
 def measure(command: list[str]) -> Usage:
     """Run a command and watch its memory until it ends."""
-    started, peaks = time.monotonic(), {"RssAnon": 0, "VmHWM": 0}
+    started, before, peaks = time.monotonic(), _cpu_of_children(), {"RssAnon": 0, "VmHWM": 0}
     with subprocess.Popen(command, cwd=ROOT) as process:
         while process.poll() is None:
             try:
@@ -58,7 +61,12 @@ def measure(command: list[str]) -> Usage:
             time.sleep(_EVERY_S)
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command)
-    return Usage(time.monotonic() - started, peaks["RssAnon"], peaks["VmHWM"])
+    return Usage(time.monotonic() - started, _cpu_of_children() - before, peaks["RssAnon"], peaks["VmHWM"])
+
+
+def _cpu_of_children() -> float:
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 def load(folder: Path) -> None:
