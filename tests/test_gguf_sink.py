@@ -258,5 +258,5 @@ def test_quantized_blocks_are_the_references_bit_by_bit(kind, values):
 def test_a_tensor_is_written_in_order_in_blocks_that_are_small_beside_it(kind):
     values = torch.randn(1500, 1024, generator=torch.Generator().manual_seed(2))
     blocks = list(stored_blocks(values, kind, "a"))
-    assert len(blocks) == 12 and max(block.nbytes for block in blocks) <= 1 << 20
+    assert len(blocks) == 24 and max(block.nbytes for block in blocks) <= 1 << 20
     assert b"".join(block.tobytes() for block in blocks) == quantize(values.numpy(), kind).tobytes()
