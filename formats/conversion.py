@@ -6,6 +6,8 @@ import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -117,7 +119,7 @@ class Conversion:
     def _write(self, folder: Path, verify: bool) -> dict[str, dict[str, Any]]:
         """Have the sink write the folder, and check the input's own checksums meanwhile, which reads it only once."""
         checked = in_background(self.source.verify if verify else lambda: None)
-        with byte_bar(self.sink.tensor_bytes(), "converting", self.progress) as bar:
+        with _one_thread(), byte_bar(self.sink.tensor_bytes(), "converting", self.progress) as bar:
 
             def advance(size: int) -> None:
                 bar.update(size)
@@ -232,6 +234,17 @@ class Conversion:
             put_file_in_place(made, self.target, folder / MANIFEST, self._manifest, replace)
         else:
             put_in_place(folder, self.target, replace)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Copies wait for memory and disk, so more of torch's threads would only spin beside those that hash and check."""
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(count)
 
 
 def _checked_tokenizer(sink: Sink) -> int:

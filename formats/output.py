@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any, Self
 
 # Pieces smaller than this are put together before they are written.
-_SMALL = 1 << 16
+_SMALL = 1 << 20
 _HASH_BLOCK = 1 << 20
 
 

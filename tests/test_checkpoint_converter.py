@@ -196,6 +196,22 @@ def test_the_input_is_verified_while_the_output_is_written(meta, tmp_path, monke
     open_checkpoint(tmp_path / "out")
 
 
+def test_torchs_other_threads_rest_while_the_output_is_written(meta, tmp_path, monkeypatch):
+    write, used, before = DCPSink.write, [], torch.get_num_threads()
+
+    def counting(*arguments: Any) -> Any:
+        used.append(torch.get_num_threads())
+        return write(*arguments)
+
+    monkeypatch.setattr(DCPSink, "write", counting)
+    torch.set_num_threads(3)
+    try:
+        convert(meta, tmp_path / "out")
+        assert (used, torch.get_num_threads()) == ([1], 3)
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("early", [True, False])
 def test_a_damaged_input_ends_the_writing_and_is_what_is_told(meta, tmp_path, capsys, monkeypatch, early):
     failed, written = threading.Event(), 0
