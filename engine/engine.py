@@ -191,6 +191,8 @@ class Engine:
             first, row = row, row + segment.logits
             self.slots.note(segment.slot, segment.start, segment.tokens)
             if sequence.finished:  # cancelled while the step ran
+                if not all(finite[first:row]):
+                    self._clear(segment.slot)
                 continue
             known = min(len(segment.tokens), sequence.pending)
             draft = segment.tokens[known:]
@@ -279,7 +281,11 @@ class Engine:
             f"the model gave numbers that are not finite at position {sequence.computed}"
             f" (dtype {self.limits.dtype}); a wider dtype may help"
         )
-        self._scheduler.scrub(slot)
-        self.slots.forget(slot)
+        self._clear(slot)
         log.warning("sequence %d ended: %s", sequence.number, sequence.error)
         return Output(sequence, None, finish_reason=FinishReason.ERROR)
+
+    def _clear(self, slot: int) -> None:
+        """Leave nothing of what a slot holds to others."""
+        self._scheduler.scrub(slot)
+        self.slots.forget(slot)

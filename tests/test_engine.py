@@ -12,6 +12,7 @@ from tiny_models import TINY, alone, engine_of, finish, limits, model_of, random
 from engine import slots
 from engine.config import RequestError
 from engine.drafts import PromptLookup
+from engine.scheduler import StepPlan
 from engine.sequence import FinishReason, SamplingParams
 
 MODEL = model_of(TINY, random_weights(TINY, seed=11))
@@ -306,17 +307,41 @@ def test_numbers_that_are_not_finite_end_their_own_sequence_and_spare_the_next_i
     weights = random_weights(TINY, seed=11)
     weights["tok_embeddings.weight"][13] = float("inf")
     model = model_of(TINY, weights)
-    engine = engine_of(model, limits(slots=2))
+    engine = engine_of(model, limits(slots=2, **choices))
     bad = engine.add([1, 2, 3, 4, 5, 6, 7, 13], SamplingParams(max_tokens=4))
     good = engine.add([3, 2, 1], SamplingParams(max_tokens=8, temperature=0.0, logit_bias={13: -100.0}))
-    assert finish(engine, good) == alone(MODEL, [3, 2, 1], good.params)
+    assert finish(engine, good) == alone(MODEL, [3, 2, 1], good.params, limits(**choices))
     assert bad.finish_reason is FinishReason.ERROR and "not finite at position" in bad.error
     params = SamplingParams(max_tokens=8, temperature=0.0, logit_bias={13: -100.0})
     assert finish(engine, again := engine.add(bad.tokens, bad.params)) == [] and again.cached == 0
     # The second is longer, so what lies behind the first one's tokens in its slot is masked but still multiplied.
     pair = [engine.add([8, 8, 8], params), engine.add([9] * 12, params)]
     assert [finish(engine, sequence) for sequence in pair] == [
-        alone(MODEL, sequence.tokens[: sequence.prompt_length], params) for sequence in pair
+        alone(MODEL, sequence.tokens[: sequence.prompt_length], params, limits(**choices)) for sequence in pair
+    ]
+
+
+@KERNELS
+def test_one_that_is_cancelled_in_the_step_that_overflows_spares_the_next_in_its_slot(choices: dict) -> None:
+    weights = random_weights(TINY, seed=11)
+    weights["tok_embeddings.weight"][13] = float("inf")
+    engine = engine_of(model_of(TINY, weights), limits(slots=2, **choices))
+    bad = engine.add([1, 2, 3, 4, 5, 6, 7, 13], SamplingParams(max_tokens=4))
+    run = engine._runner.run
+
+    def run_and_cancel(plan: StepPlan) -> torch.Tensor:
+        engine.cancel(bad)
+        return run(plan)
+
+    engine._runner.run = run_and_cancel
+    engine.step()
+    engine._runner.run = run
+    assert bad.finish_reason is FinishReason.CANCELLED
+    params = SamplingParams(max_tokens=8, temperature=0.0, logit_bias={13: -100.0})
+    # The longer one takes the slot that nobody used, so what lies behind the other's tokens is masked but multiplied.
+    pair = [engine.add([9] * 12, params), engine.add([8, 8, 8], params)]
+    assert [finish(engine, sequence) for sequence in pair] == [
+        alone(MODEL, sequence.tokens[: sequence.prompt_length], params, limits(**choices)) for sequence in pair
     ]
 
 
