@@ -34,7 +34,7 @@ START_S, STOP_S = 180.0, 90.0
 TIMEOUT_S = 30.0  # of any request that says nothing else; a hang shall fail a test, not stall it
 
 SLOTS, WAITING = 16, 48
-SEQ_LEN = 512
+SEQ_LEN = 4096
 # What one request may ask for at most, and all that this server may hold: it fills slots and queue by itself.
 PROMPTS, CHOICES = 8, 8
 assert PROMPTS * CHOICES == SLOTS + WAITING

@@ -272,7 +272,7 @@ def test_what_finished_is_counted_and_timed(frontend: FakeFrontend) -> None:
 
 def test_a_request_past_its_deadline_ends_with_an_error(checkpoint: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(llama_handler, "die_with_parent", lambda: None)
-    frontend = FakeFrontend(LlamaHandler(), settings(checkpoint, request_timeout_sec=0.6), str(tmp_path))
+    frontend = FakeFrontend(LlamaHandler(), settings(checkpoint, request_timeout_sec=0.1), str(tmp_path))
     jobs = [frontend.post({**LONG, "stream": stream}) for stream in (True, False)]
     frontend.run()
     for job in jobs:
