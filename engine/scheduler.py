@@ -19,6 +19,9 @@ MAX_PROMPT_LOGIT_ROWS = 128
 class Capacity(Protocol):
     """What the scheduler asks of the cache."""
 
+    @property
+    def free(self) -> int: ...
+
     def acquire(self, tokens: Ordered[int]) -> Place | None: ...
 
     def release(self, slot: int) -> None: ...
@@ -117,9 +120,12 @@ class Scheduler:
         rows = MAX_PROMPT_LOGIT_ROWS
         singles = sorted((s for s in self.running if s.pending == 1), key=lambda s: s.slot)
         chosen: list[tuple[Sequence, Segment]] = []
-        budget = self._pace.allowance(len(singles), self._max_tokens - len(singles))
+        prompts = [sequence for sequence in self.running if sequence.pending > 1]
+        coming = len(prompts) + min(len(self.waiting), self._capacity.free)
+        spared = 0 if self._pace.lets_prompts_first(len(singles), coming) else len(singles)
+        budget = self._pace.allowance(spared, self._max_tokens - len(singles))
         least = min(2, budget)
-        for sequence in [s for s in self.running if s.pending > 1] + list(self.waiting):
+        for sequence in prompts + list(self.waiting):
             if budget < max(1, least) or (sequence.wants_prompt_logprobs and rows < 2):
                 break
             if sequence.slot is None and not self._admit():
@@ -141,9 +147,9 @@ class Scheduler:
         # A one-token prompt is a single too, and the cache wants those in front, by slot.
         chosen.sort(key=lambda pair: (len(pair[1].tokens) > 1, pair[1].slot))
         plan = StepPlan(tuple(segment for _, segment in chosen), scrub, copies)
-        further = sum(len(segment.tokens) for segment in plan.segments) - len(singles)
+        further = sum(len(segment.tokens) for segment in plan.segments) - spared
         # Without logits nothing waits for a GPU.
-        self._last = (len(singles), further, any(segment.logits for segment in plan.segments))
+        self._last = (spared, further, any(segment.logits for segment in plan.segments))
         return plan, [sequence for sequence, _ in chosen]
 
     def took(self, seconds: float) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,9 +17,11 @@ from checkpoint_converter import convert
 from demo import world
 from engine.config import EngineConfig
 from engine.kv_cache import KVCache
-from generate import LLM
+from engine.sequence import SamplingParams
+from generate import LLM, Request
 
 MODEL = Path(__file__).resolve().parent.parent / "demo" / "model"
+STORIES = MODEL.parent / "tasks" / "stories.jsonl"
 CONFIG = EngineConfig(dtype="float32", max_batch_size=16, max_seq_len=768)
 CHUNKED = dataclasses.replace(CONFIG, max_tokens_per_step=16)  # so that prompts take several steps
 QUESTIONS = 60
@@ -51,11 +55,38 @@ def test_held_out_questions_are_answered_exactly(checkpoint: Path, record_proper
     assert min(got.values()) >= 0.9, table
 
 
-@pytest.mark.parametrize("choice", [{"kernels": "torch"}, {"quantization": "int8"}, {"quantization": "int4"}])
-def test_other_kernels_and_quantized_weights_answer_nearly_as_well(checkpoint: Path, choice: dict[str, str]) -> None:
-    got = mean(scores(LLM(checkpoint, dataclasses.replace(CONFIG, **choice)), 2 * FEW))
-    print(f"{choice}: {100 * got:.1f}%")
-    assert got >= (0.9 if choice.get("quantization") == "int4" else 0.97)
+def perplexity(llm: LLM) -> float:
+    """Of held-out stories, per token."""
+    texts = [json.loads(line)["text"] for line in STORIES.read_text().splitlines()]
+    params = SamplingParams(max_tokens=0, prompt_logprobs=0)
+    scored = llm.generate([Request(prompt=text, params=params) for text in texts])
+    logprobs = [each.logprob for completion in scored for each in completion.prompt_logprobs]
+    return math.exp(-sum(logprobs) / len(logprobs))
+
+
+@pytest.fixture(scope="module")
+def exact(checkpoint: Path) -> float:
+    return perplexity(LLM(checkpoint, dataclasses.replace(CONFIG, kernels="torch")))
+
+
+@pytest.mark.parametrize(
+    ("choice", "least", "most"),
+    [
+        ({"kernels": "torch"}, 0.97, 1.0001),
+        ({"dtype": "bfloat16"}, 0.97, 1.01),
+        ({"quantization": "int8"}, 0.97, 1.01),
+        ({"quantization": "int4"}, 0.9, 1.1),
+        ({"quantization": "int4-128"}, 0.9, 1.1),
+    ],
+)
+def test_other_kernels_and_rounded_weights_answer_nearly_as_well(
+    checkpoint: Path, exact: float, choice: dict[str, str], least: float, most: float
+) -> None:
+    llm = LLM(checkpoint, dataclasses.replace(CONFIG, **choice))
+    got, ratio = mean(scores(llm, 2 * FEW)), perplexity(llm) / exact
+    print(f"{choice}: {100 * got:.1f}%, perplexity {ratio:.4f} times that of float32 ({exact:.4f})")
+    assert got >= least
+    assert ratio <= most
 
 
 def half_split_rope(monkeypatch: pytest.MonkeyPatch) -> None:

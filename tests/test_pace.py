@@ -117,3 +117,25 @@ def test_running_sequences_decode_in_steps_that_are_kept_free_of_prompts() -> No
                     each.append(0)
             s.took(0.1 * sum(map(sum, sizes[-1:])))
     assert sizes == [[1, LEAST]] * 6
+
+
+def test_a_crowd_that_waits_for_first_tokens_goes_before_the_few_that_run() -> None:
+    # The second step measures what one without a prompt takes, as it does for anybody.
+    for pace, taken in ((Pace(), [63, 0]), (Pace(10), [10, 10])):
+        s = Scheduler(SlotPool(4), 64, pace)
+        first = Sequence([1, 2, 3], SamplingParams())
+        first.limit = 1000
+        s.add(first)
+        s.next()
+        first.computed = 3
+        first.append(0)
+        for _ in range(2):
+            s.add(Sequence(list(range(40)), SamplingParams()))
+        got = []
+        for _ in range(2):
+            plan, sequences = s.next()
+            got.append(sum(len(segment.tokens) for segment in plan.segments) - 1)
+            for segment, each in zip(plan.segments, sequences, strict=True):
+                each.computed += len(segment.tokens)
+            first.append(0)
+        assert got == taken

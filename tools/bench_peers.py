@@ -3,9 +3,9 @@
 python -m tools.peers setup      once: llama.cpp, apart from the project's environment (about 15 minutes)
 python -m tools.bench_peers      about 40 minutes; --rounds 1 for a first look
 
-In each round everyone is measured once, so that what else the machine does meets all alike; figures are medians. The
-ratios (above 1: this project is faster) go to build/bench/ratios.json, everything to build/bench/peers.json. What was
-not measured is null.
+In each round everyone is measured in turn, figure by figure, so that what else the machine does meets all alike;
+figures are medians. The ratios (above 1: this project is faster) go to build/bench/ratios.json, everything to
+build/bench/peers.json. What was not measured is null.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from tools.bench_service import LENGTH, ServiceBench, Shape, torchserve
 from tools.bench_weights import GGUF_TYPES, Weights, answer_token
 
 PARTS = ("llamacpp", "hf", "http")
-BATCHES, PROMPT, TOKENS, LONG_PROMPT = (1, 8, 16), 64, 16, 512
+BATCHES, PROMPT, TOKENS, LONG_PROMPT = (1, 8, 16), 64, 32, 512
 HF_BATCH = 8
-STREAMS, STREAM_PROMPT, STREAM_TOKENS = 16, 64, 32
+STREAMS, STREAM_PROMPT, STREAM_TOKENS = 16, 64, 128
 KINDS = ("bf16", "int8", "int4")
 RATIOS = (
     *(f"decode_b{batch}_{kind}_vs_llamacpp" for batch in BATCHES for kind in KINDS),
@@ -116,7 +116,11 @@ class Comparison:
     def _round(self, kind: str, ours: EngineBench, cpp: LlamaCpp | None, hf: list[Transformers]) -> None:
         for batch in BATCHES:
             run = ours.run(batch, PROMPT, TOKENS)
-            self.add(f"decode b{batch} {kind}", "engine", run.mean_decode_rate)
+            rate = run.mean_decode_rate
+            if cpp is not None:  # between two of ours, as the memory's speed changes while this runs
+                self.add(f"decode b{batch} {kind}", "llama.cpp", cpp.decode([batch], PROMPT, TOKENS)[batch])
+                rate = statistics.mean((rate, ours.run(batch, PROMPT, TOKENS).mean_decode_rate))
+            self.add(f"decode b{batch} {kind}", "engine", rate)
             if batch == 1 and kind == "bf16":  # at once, as the bandwidth is shared with whatever else runs
                 machine = measure_machine(self.flags.threads, rounds=3)
                 size = ours.costs.bytes_per_step(1, PROMPT + TOKENS / 2)
@@ -127,8 +131,6 @@ class Comparison:
                     self.add(f"decode b{batch} {kind}", program.name, batch / statistics.mean(steps))
         self.add(f"prefill{LONG_PROMPT} {kind}", "engine", ours.run(1, LONG_PROMPT, 1).prefill_rate)
         if cpp is not None:
-            for batch, rate in cpp.decode(BATCHES, PROMPT, TOKENS).items():
-                self.add(f"decode b{batch} {kind}", "llama.cpp", rate)
             self.add(f"prefill{LONG_PROMPT} {kind}", "llama.cpp", cpp.prefill(LONG_PROMPT))
 
     def services(self) -> None:

@@ -29,7 +29,7 @@ from llama2 import ModelArgs
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"dim": 64, "n_layers": 2, "n_heads": 8, "multiple_of": 32},
-    "19M": {"dim": 512, "n_layers": 6, "n_heads": 8, "multiple_of": 32},
+    "50M": {"dim": 512, "n_layers": 16, "n_heads": 8, "multiple_of": 32},
     "1.1B": {"dim": 2048, "n_layers": 22, "n_heads": 32, "n_kv_heads": 4, "multiple_of": 256},
     "7B": {"dim": 4096, "n_layers": 32, "n_heads": 32, "multiple_of": 256},
     "13B": {"dim": 5120, "n_layers": 40, "n_heads": 40, "multiple_of": 256},

@@ -97,12 +97,12 @@ def server(*words: str) -> Iterator[Server]:
 
 @contextlib.contextmanager
 def scaled_model() -> Iterator[Path]:
-    """The demo model scaled to a step of about 10 ms for 8: its vocabulary, 512 wide, 6 layers, random weights."""
+    """The demo model scaled to a step of about 10 ms for 8: its vocabulary, 512 wide, 16 layers, random weights."""
     from checkpoint_converter import convert
     from tools.random_checkpoint import write_random_checkpoint
 
     with tempfile.TemporaryDirectory(prefix="llama-scaled-") as folder:
-        write_random_checkpoint(Path(folder) / "meta", "19M", dtype=torch.float32, vocab_size=768)
+        write_random_checkpoint(Path(folder) / "meta", "50M", dtype=torch.float32, vocab_size=768)
         yield convert(Path(folder) / "meta", Path(folder) / "dcp", max_seq_len=512, progress=False)
 
 
