@@ -30,8 +30,8 @@ class Pace:
         self._unfinished: tuple[int, float] = (0, 0.0)
 
     def lets_prompts_first(self, running: int, coming: int) -> bool:
-        """Whether more sequences wait for their first token than for their next, who then need not be spared."""
-        return self._fixed is None and coming > running
+        """Whether several wait for their first token, and no fewer than for their next, who then need not be spared."""
+        return self._fixed is None and coming > 1 and coming >= running
 
     def allowance(self, running: int, most: int) -> int:
         """How many further tokens, at most `most`, a step with so many running sequences may have.

@@ -64,6 +64,11 @@ class Runner:
     choose_tokens = staticmethod(choose_tokens)
 
 
+def leave_threads_to_kernels() -> None:
+    """Keep PyTorch to one thread: its others would spin, for milliseconds, on the cores of the kernels' threads."""
+    torch.set_num_threads(1)
+
+
 def load_runner(checkpoint: Checkpoint, limits: Limits, ranks: Ranks) -> Runner | CpuRunner:
     """The checkpoint on whatever kernels the limits say."""
     if not limits.native:
@@ -71,4 +76,6 @@ def load_runner(checkpoint: Checkpoint, limits: Limits, ranks: Ranks) -> Runner 
     model = lay_out(checkpoint.args, limits, ranks)
     group = ranks.tp.get_group() if ranks.tp is not None else None
     # Layer by layer, so that no weight is held twice for long.
-    return CpuRunner(model, limits, group, lambda module, prefix: fill(module, prefix, checkpoint, ranks.device))
+    runner = CpuRunner(model, limits, group, lambda module, prefix: fill(module, prefix, checkpoint, ranks.device))
+    leave_threads_to_kernels()
+    return runner

@@ -16,7 +16,7 @@ from engine.cpu.runner import CpuRunner
 from engine.engine import Engine
 from engine.loader import Limits, choose_threads, lay_out, memory_need, preflight
 from engine.parallel import Launch, Ranks, choose_device
-from engine.runner import Runner
+from engine.runner import Runner, leave_threads_to_kernels
 from engine.sequence import SamplingParams, Sequence
 from llama2 import ModelArgs
 from tools.bench_machine import Machine
@@ -127,7 +127,9 @@ def random_engine(args: ModelArgs, config: EngineConfig) -> Engine:
                 part.copy_(noise[: len(part)])
 
     if limits.native:
-        return Engine(CpuRunner(model, limits, None, fill), limits, ranks, args.vocab_size)
+        runner = CpuRunner(model, limits, None, fill)
+        leave_threads_to_kernels()
+        return Engine(runner, limits, ranks, args.vocab_size)
     if limits.scheme is not None:
         raise ConfigError(f"quantization is {config.quantization!r}; without the CPU's kernels only 'none' is measured")
     fill(model, "")
