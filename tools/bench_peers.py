@@ -1,7 +1,7 @@
 """Measure llama.cpp and Hugging Face transformers beside this project: the same weights, shapes and threads, in turns.
 
 python -m tools.peers setup      once: llama.cpp, apart from the project's environment (about 15 minutes)
-python -m tools.bench_peers      about 40 minutes; --rounds 1 for a first look
+python -m tools.bench_peers      about 20 minutes; --rounds 1 for a first look
 
 In each round everyone is measured in turn, figure by figure, so that what else the machine does meets all alike;
 figures are medians. The ratios (above 1: this project is faster) go to build/bench/ratios.json, everything to
