@@ -72,7 +72,7 @@ bench: install  ## measure engine and service beside this machine's best, half a
 	@$(BIN)/python -m tools.bench $(BENCH)
 
 .PHONY: bench-peers
-bench-peers: install  ## measure llama.cpp and transformers beside it, in turns: build/bench/ratios.json (40 minutes)
+bench-peers: install  ## measure llama.cpp and transformers beside it, in turns: build/bench/ratios.json (20 minutes)
 	@$(BIN)/python -m tools.peers setup
 	@$(BIN)/python -m tools.bench_peers $(BENCH)
 
