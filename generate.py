@@ -36,6 +36,7 @@ DEMO_MODEL = PROJECT / "demo" / "model"
 DEMO_CHECKPOINT = PROJECT / "build" / "demo"
 MODES = ("text_completion", "chat")
 MAX_STOP_STRINGS = 4
+FIRST_RANK_SPEAKS_WITHIN_S = 10.0
 
 log = logging.getLogger(__name__)
 
@@ -495,9 +496,11 @@ def main(argv: list[str] | None = None) -> int:
             logging.getLogger(name).setLevel(level)
         run(flags, launch)
     except (ConfigError, RequestError, TokenizerError, DialogError) as error:
-        # The ranks of one machine fail alike, so one speaks; a full GPU is its own rank's trouble.
-        if launch.local_rank == 0 or isinstance(error, DeviceError):
-            print(f"generate.py: error: {error}", file=sys.stderr)
+        # The ranks of one machine mostly fail alike, so the first speaks, and torchrun ends those that wait for it; a
+        # full GPU is its own rank's trouble. Who ended before the first had spoken would have it ended silently.
+        if launch.local_rank != 0 and not isinstance(error, DeviceError):
+            time.sleep(FIRST_RANK_SPEAKS_WITHIN_S)
+        print(f"generate.py: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -6,12 +6,15 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+import generate
 from checkpoint_converter import convert
 from engine.config import EngineConfig, RequestError
+from engine.parallel import Launch
 from engine.sequence import FinishReason, SamplingParams
 from generate import LLM, Request, main
 
@@ -299,3 +302,23 @@ def test_usage_errors_name_the_flag(capsys: pytest.CaptureFixture[str]) -> None:
         err = capsys.readouterr().err
         assert ended.value.code == 2
         assert err.startswith("generate.py: error: ") and err.count("\n") == 1 and message in err
+
+
+@pytest.mark.parametrize("local_rank", [0, 1])
+def test_a_rank_that_is_not_the_first_speaks_only_if_it_is_still_there_after_a_while(
+    local_rank: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    said_before, waited = [], []
+
+    def sleep(seconds: float) -> None:
+        waited.append(seconds)
+        said_before.append(capsys.readouterr().err)
+
+    def launch() -> Launch:
+        return Launch(rank=local_rank, size=2, local_rank=local_rank, local_size=2)
+
+    monkeypatch.setattr(Launch, "from_environment", staticmethod(launch))
+    monkeypatch.setattr(time, "sleep", sleep)
+    assert main(["--prompt", "x", "--system", "y"]) == 1
+    assert (waited, said_before) == (([], []) if local_rank == 0 else ([generate.FIRST_RANK_SPEAKS_WITHIN_S], [""]))
+    assert capsys.readouterr().err == "generate.py: error: --system needs --mode chat\n"
