@@ -35,7 +35,7 @@ MODELS = {
     ),
 }
 # Every kind of CPU that the kernels are compiled for differently, as far as this one can play it.
-LACKING = {"all there is": (), "no bfloat16": ("avx512_bf16",), "AVX2 only": ("avx512_bf16", "avx512f")}
+LACKING = {"all there is": (), "no tiles": ("amx_tile",), "no bfloat16": ("avx512_bf16",), "AVX2 only": ("avx512f",)}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # What float32 activations and a cache in the model's own dtype leave; activations beside int4 have 8 bits.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}

@@ -7,7 +7,7 @@
 
 #include <vector>
 
-#include "linear.h"
+#include "tiles.h"
 
 struct Cache {
     int32_t kind;  // FLOAT32, BFLOAT16 or FLOAT16

@@ -14,14 +14,15 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-SOURCES = ("model.cpp", "sampling.h", "attention.h", "linear.h", "vector.h", "threads.h")
+SOURCES = ("model.cpp", "sampling.h", "attention.h", "tiles.h", "linear.h", "vector.h", "threads.h")
 # Sums must not depend on how a loop was compiled, so the compiler may not fuse multiplications and additions by itself.
 FLAGS = ("-O3", "-std=c++20", "-ffp-contract=off", "-shared", "-fPIC", "-pthread")
 COMPILERS = ("c++", "g++", "clang++")
 NEEDED = ("avx2", "fma", "f16c")
-# What vector.h calls WIDE and PAIRS, as /proc/cpuinfo spells it.
+# What vector.h calls WIDE, PAIRS and TILES, as /proc/cpuinfo spells it; each needs those before it.
 WIDE = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni")
-PAIRS = "avx512_bf16"
+PAIRS = ("avx512_bf16",)
+TILES = ("amx_tile", "amx_int8", "amx_bf16")
 MOST_HEADS_PER_KEY = 64  # query heads that share a key/value head, as attention.h has room for
 
 
@@ -62,9 +63,11 @@ def load() -> ctypes.CDLL:
 def _instructions(there: set[str]) -> tuple[str, ...]:
     """The compiler's flags for as much as this CPU has of what the kernels can use."""
     names = list(NEEDED)
-    if there.issuperset(WIDE):
-        names += [*WIDE, PAIRS] if PAIRS in there else WIDE
-    return tuple("-m" + name.replace("_", "") for name in names)
+    for more in (WIDE, PAIRS, TILES):
+        if not there.issuperset(more):
+            break
+        names += more
+    return tuple("-m" + (name.replace("_", "-") if name in TILES else name.replace("_", "")) for name in names)
 
 
 def _cpu_flags() -> set[str]:

@@ -5,9 +5,10 @@
 // tokens: a sequence's numbers do not depend on who shares its step.
 //
 //   float32, float16   [panel][column][16]
-//   bfloat16           [panel][column / 2][16][2]; where the CPU multiplies pairs, activations are bfloat16 too
-//   int8               [panel][column / 4][16][4], unsigned with an offset of 128, one scale per row; activations are
-//                      8 bits wide with a scale for every 128
+//   bfloat16           [panel][column / 2][16][2], filled up to 32 columns; where the CPU multiplies pairs, activations
+//                      are bfloat16 too
+//   int8               [panel][column / 4][16][4], filled up to 64 columns, unsigned with an offset of 128, one scale
+//                      per row; activations are 8 bits wide with a scale for every 128
 //   int4               [panel][column / 8][16][4]: bytes of two columns that are four apart, unsigned with an offset of
 //                      8; scales [panel][column / group][16] in float16; activations have a scale for every 32
 #pragma once
@@ -40,8 +41,8 @@ struct Matrix {
         switch (kind) {
             case FLOAT32: return PANEL * columns * 4;
             case FLOAT16: return PANEL * columns * 2;
-            case BFLOAT16: return PANEL * ((columns + 1) / 2 * 2) * 2;
-            case INT8: return PANEL * ((columns + 3) / 4 * 4);
+            case BFLOAT16: return PANEL * ((columns + 31) / 32 * 32) * 2;
+            case INT8: return PANEL * ((columns + 63) / 64 * 64);
             default: return PANEL * columns / 2;
         }
     }
@@ -396,9 +397,8 @@ static void panels_of(const Matrix& w, const Activations& a, int64_t tokens, int
     }
 }
 
-// y[token][row] (+)= x[token] . w[row] for the panels from `first` to before `last`.
-static void multiply(const Matrix& w, const Activations& a, int64_t tokens, int64_t first, int64_t last, float* y,
-                     int64_t stride, bool add) {
+static void by_panels(const Matrix& w, const Activations& a, int64_t tokens, int64_t first, int64_t last, float* y,
+                      int64_t stride, bool add) {
     switch (w.kind) {
         case FLOAT32: return panels_of<FLOAT32>(w, a, tokens, first, last, y, stride, add);
         case BFLOAT16: return panels_of<BFLOAT16>(w, a, tokens, first, last, y, stride, add);

@@ -75,9 +75,10 @@ class Model {
         qkv_.fit(shape.tokens * qkv_stride_ * 4);
         gate_.fit(shape.tokens * std::max(gate_stride_, residual_stride_) * 4);  // contribute() needs it too
         const int64_t widest = stride_of(std::max({shape.dim, queries, shape.hidden}));
+        const int64_t whole = most + TILE_SIDE;  // a tile's lines behind the last token are read, but not used
         values_.fit(most * widest * 4);
-        pairs_.fit(most * widest * 2);
-        narrow_.fit(most * widest);
+        pairs_.fit(whole * widest * 2);
+        narrow_.fit(whole * widest);
         scales_.fit(most * widest / BLOCK * 4);
         offsets_.fit(most * widest / BLOCK * 4);
         samplers_.resize(shape.threads);
@@ -176,7 +177,7 @@ class Model {
 
     void product(int& phase, const Matrix& w, const Activations& a, int64_t tokens, float* y,
                  int64_t stride, bool add) {
-        team_.share(phase, w.panels(), CHUNK,
+        team_.share(phase, w.panels(), share_of(w, tokens, team_.size()),
                     [&](int64_t first, int64_t last) { multiply(w, a, tokens, first, last, y, stride, add); });
     }
 

@@ -48,7 +48,7 @@ def _panels(weight: Tensor, value: int = 0) -> Tensor:
 
 def _pack_floats(weight: Tensor) -> Packed:
     if weight.dtype == torch.bfloat16:  # two neighbouring columns side by side
-        data = _columns_together(_panels(weight), 2)
+        data = _columns_together(_panels(weight), 2, 32)
     else:
         data = _panels(weight).transpose(1, 2)
     return Packed(KINDS[weight.dtype], *weight.shape, data.contiguous())
@@ -57,15 +57,15 @@ def _pack_floats(weight: Tensor) -> Packed:
 def _pack_int8(weight: Quantized) -> Packed:
     rows, columns = weight.numbers.shape
     unsigned = weight.numbers.view(torch.uint8) ^ 128
-    data = _columns_together(_panels(unsigned, 128), 4, 128)
+    data = _columns_together(_panels(unsigned, 128), 4, 64, 128)
     return Packed(INT8, rows, columns, data, F.pad(weight.scales.float(), (0, -rows % PANEL)))
 
 
-def _columns_together(panels_PRK: Tensor, count: int, value: int = 0) -> Tensor:
-    """`count` neighbouring columns of a row side by side, the last ones filled up: (panels, columns / count, PANEL,
-    count).
+def _columns_together(panels_PRK: Tensor, count: int, whole: int, value: int = 0) -> Tensor:
+    """`count` neighbouring columns of a row side by side, filled up to a multiple of `whole`: (panels, columns / count,
+    PANEL, count).
     """
-    columns = F.pad(panels_PRK, (0, -panels_PRK.shape[2] % count), value=value)
+    columns = F.pad(panels_PRK, (0, -panels_PRK.shape[2] % whole), value=value)
     return columns.unflatten(2, (-1, count)).transpose(1, 2).contiguous()
 
 

@@ -1,6 +1,7 @@
 // Sixteen numbers at once: one register of AVX-512 or two of AVX2, so that what is built on them is written once.
 //
-// WIDE says that there is AVX-512 with dot products of bytes, PAIRS that it multiplies pairs of bfloat16 too.
+// WIDE says that there is AVX-512 with dot products of bytes, PAIRS that it multiplies pairs of bfloat16 too, TILES that
+// the CPU has a unit for whole tiles.
 #pragma once
 
 #include <immintrin.h>
@@ -15,6 +16,9 @@
 #define WIDE 1
 #if defined(__AVX512BF16__)
 #define PAIRS 1
+#if defined(__AMX_TILE__) && defined(__AMX_INT8__) && defined(__AMX_BF16__)
+#define TILES 1
+#endif
 #endif
 #endif
 
