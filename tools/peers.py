@@ -41,6 +41,9 @@ PROGRAMS = (
 )
 OPTIONS = {
     "CMAKE_BUILD_TYPE": "Release",
+    # GCC 12 thinks that only eight bytes of AMX's configuration are read, and leaves out storing the others: without
+    # these flags quantized files end in an illegal instruction on CPUs with AMX.
+    "CMAKE_CXX_FLAGS": "-fno-dse -fno-tree-dse",
     "GGML_NATIVE": "ON",
     "GGML_CCACHE": "OFF",
     "LLAMA_ALL_WARNINGS": "OFF",
