@@ -5,6 +5,7 @@
 // weights are rounded to bfloat16 as well.
 #pragma once
 
+#include <optional>
 #include <vector>
 
 #include "tiles.h"
@@ -44,7 +45,7 @@ struct Scratch {
     std::vector<Word> queries, keys, values, weights;
 
     void fit(int64_t positions, int64_t group, int64_t width) {
-        const int64_t rows = QUERIES * group, wide = (width + 2 * LANES - 1) / (2 * LANES) * 2 * LANES;
+        const int64_t rows = QUERIES * group + TILE_SIDE, wide = (width + 2 * LANES - 1) / (2 * LANES) * 2 * LANES;
         scores.resize(std::max(group * sixteens(positions), rows * KEYS));
         queries.resize(rows * wide);
         keys.resize(wide * KEYS);
@@ -261,9 +262,37 @@ static inline void product_columns(const Word* left, int64_t left_stride, const 
                                 out_stride, add);
 }
 
+#ifdef TILES
+// The same for pairs by tiles, in whole ones: steps are a multiple of 16, columns of 32, and up to 15 more rows are
+// read and written.
+static void product_by_tiles(const Word* left, int64_t left_stride, const Word* right, int64_t right_stride,
+                             int64_t rows, int64_t steps, int64_t columns, float* out, int64_t out_stride, bool add) {
+    for (int64_t r = 0; r < rows; r += TWO_SIDES) {
+        const bool more = rows - r > TILE_SIDE;
+        for (int64_t c = 0; c < columns; c += TWO_SIDES) {
+            float* const to = out + r * out_stride + c;
+            if (add)
+                load_sums(to, more, out_stride * 4);
+            else
+                zero_sums(more);
+            for (int64_t k = 0; k < steps; k += TILE_SIDE) {
+                const Word* const p = right + k * right_stride + c;
+                multiply_tiles<BFLOAT16>(left + r * left_stride + k, left_stride * 4, more, p, p + TILE_SIDE,
+                                         right_stride * 4);
+            }
+            store_sums(to, more, out_stride * 4);
+        }
+    }
+}
+#endif
+
 template <bool TWO>
 static void product(const Word* left, int64_t left_stride, const Word* right, int64_t right_stride, int64_t rows,
                     int64_t steps, int64_t columns, float* out, int64_t out_stride, bool add) {
+#ifdef TILES
+    if (TWO && Tiles::allowed())
+        return product_by_tiles(left, left_stride, right, right_stride, rows, steps, columns, out, out_stride, add);
+#endif
 #ifdef WIDE
     constexpr int C = 4;
 #else
@@ -359,6 +388,10 @@ static void attend_block_of(const Cache& cache, int64_t slot, int64_t head, int6
                             Scratch& scratch) {
     constexpr bool TWO = PAIRED<KIND>;
     constexpr int64_t EACH = TWO ? 2 : 1;  // numbers in a word
+#ifdef TILES
+    std::optional<Tiles> tiles;
+    if (TWO && Tiles::allowed()) tiles.emplace(LINE);
+#endif
     const int64_t width = cache.width, rows = count * group, end = position + count;
     const int64_t wide = (width + 2 * LANES - 1) / (2 * LANES) * 2 * LANES, steps = TWO ? wide / 2 : width;
     float* const sums = scratch.sums.data();
@@ -402,7 +435,7 @@ static void attend_block_of(const Cache& cache, int64_t slot, int64_t head, int6
             if constexpr (!TWO) std::memcpy(weights + r * KEYS, p, KEYS * 4);
         }
         product<TWO>(weights + first * (KEYS / EACH), KEYS / EACH, scratch.values.data(), wide, rows - first,
-                     (here + EACH - 1) / EACH, wide, result + first * wide, wide, true);
+                     KEYS / EACH, wide, result + first * wide, wide, true);
     }
     for (int64_t r = 0; r < rows; r++) {
         const float inverse = 1.0f / sums[r];

@@ -62,12 +62,13 @@ static inline void zero_sums(bool more) {
     }
 }
 
-// One line of tiles: tokens times two panels.
+// One line of tiles: tokens times two panels, or what else has lines that lie `stride` bytes apart.
 template <int KIND>
-static inline void multiply_tiles(const void* x, int64_t x_bytes, bool more, const char* p, const char* q) {
+static inline void multiply_tiles(const void* x, int64_t x_bytes, bool more, const void* p, const void* q,
+                                  int64_t stride = LINE) {
     _tile_loadd(4, x, x_bytes);
-    _tile_loadd(6, p, LINE);
-    _tile_loadd(7, q, LINE);
+    _tile_loadd(6, p, stride);
+    _tile_loadd(7, q, stride);
     if constexpr (KIND == BFLOAT16) {
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
@@ -86,13 +87,23 @@ static inline void multiply_tiles(const void* x, int64_t x_bytes, bool more, con
     }
 }
 
-static inline void store_sums(void* to, bool more) {
+static inline void store_sums(void* to, bool more, int64_t stride = 2 * LINE) {
     char* at = static_cast<char*>(to);
-    _tile_stored(0, at, 2 * LINE);
-    _tile_stored(1, at + LINE, 2 * LINE);
+    _tile_stored(0, at, stride);
+    _tile_stored(1, at + LINE, stride);
     if (more) {
-        _tile_stored(2, at + TILE_SIDE * 2 * LINE, 2 * LINE);
-        _tile_stored(3, at + TILE_SIDE * 2 * LINE + LINE, 2 * LINE);
+        _tile_stored(2, at + TILE_SIDE * stride, stride);
+        _tile_stored(3, at + TILE_SIDE * stride + LINE, stride);
+    }
+}
+
+static inline void load_sums(const void* from, bool more, int64_t stride) {
+    const char* at = static_cast<const char*>(from);
+    _tile_loadd(0, at, stride);
+    _tile_loadd(1, at + LINE, stride);
+    if (more) {
+        _tile_loadd(2, at + TILE_SIDE * stride, stride);
+        _tile_loadd(3, at + TILE_SIDE * stride + LINE, stride);
     }
 }
 
