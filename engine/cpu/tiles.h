@@ -62,29 +62,30 @@ static inline void zero_sums(bool more) {
     }
 }
 
+// What is multiplied: pairs of bfloat16, or bytes with signed or unsigned ones.
+enum Bits { PAIR, SIGNED, UNSIGNED };
+
+// A macro, as these functions take nothing but figures for tiles.
+#define MULTIPLY_TILE(sums, tokens, weights)                                       \
+    do {                                                                           \
+        if constexpr (BITS == PAIR) _tile_dpbf16ps(sums, tokens, weights);         \
+        if constexpr (BITS == SIGNED) _tile_dpbssd(sums, tokens, weights);         \
+        if constexpr (BITS == UNSIGNED) _tile_dpbsud(sums, tokens, weights);       \
+    } while (false)
+
 // One line of tiles: tokens times two panels, or what else has lines that lie `stride` bytes apart.
-template <int KIND>
+template <Bits BITS>
 static inline void multiply_tiles(const void* x, int64_t x_bytes, bool more, const void* p, const void* q,
                                   int64_t stride = LINE) {
     _tile_loadd(4, x, x_bytes);
     _tile_loadd(6, p, stride);
     _tile_loadd(7, q, stride);
-    if constexpr (KIND == BFLOAT16) {
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-    } else {
-        _tile_dpbsud(0, 4, 6);
-        _tile_dpbsud(1, 4, 7);
-    }
+    MULTIPLY_TILE(0, 4, 6);
+    MULTIPLY_TILE(1, 4, 7);
     if (!more) return;
     _tile_loadd(5, static_cast<const char*>(x) + TILE_SIDE * x_bytes, x_bytes);
-    if constexpr (KIND == BFLOAT16) {
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-    } else {
-        _tile_dpbsud(2, 5, 6);
-        _tile_dpbsud(3, 5, 7);
-    }
+    MULTIPLY_TILE(2, 5, 6);
+    MULTIPLY_TILE(3, 5, 7);
 }
 
 static inline void store_sums(void* to, bool more, int64_t stride = 2 * LINE) {
@@ -111,15 +112,21 @@ static inline void ahead_of_tile(const char* p) {
     UNROLL for (int64_t line = 0; line < TILE_BYTES; line += LINE) _mm_prefetch(p + AHEAD + line, _MM_HINT_T0);
 }
 
-// A byte for each of the numbers of int4 weights, in this thread's own memory.
-static const char* spread(const char* from, int64_t bytes) {
+// Weights of whole numbers as signed bytes, in this thread's own memory.
+template <int KIND>
+static const char* as_signed(const char* from, int64_t bytes) {
     static thread_local std::vector<char> memory;
     memory.resize(2 * bytes + LINE);
     char* const to = memory.data() + -reinterpret_cast<uintptr_t>(memory.data()) % LINE;
+    const __m512i offset = _mm512_set1_epi8(char(OFFSET<KIND>));
     for (int64_t line = 0; line < bytes; line += LINE) {
         const Bytes v = load_bytes(from + line);
-        _mm512_store_si512(to + 2 * line, low_halves(v).v);
-        _mm512_store_si512(to + 2 * line + LINE, high_halves(v).v);
+        if constexpr (KIND == INT4) {
+            _mm512_store_si512(to + 2 * line, _mm512_sub_epi8(low_halves(v).v, offset));
+            _mm512_store_si512(to + 2 * line + LINE, _mm512_sub_epi8(high_halves(v).v, offset));
+        } else {
+            _mm512_store_si512(to + line, _mm512_sub_epi8(v.v, offset));
+        }
     }
     return to;
 }
@@ -132,15 +139,15 @@ static void pairs_block(const Matrix& w, const Activations& a, int64_t token, bo
     for (int64_t k = 0; k < w.panel_bytes(); k += TILE_BYTES, x += LINE / 2) {
         ahead_of_tile(p + k);
         ahead_of_tile(q + k);
-        multiply_tiles<BFLOAT16>(x, a.stride * 2, more, p + k, q + k);
+        multiply_tiles<PAIR>(x, a.stride * 2, more, p + k, q + k);
     }
     store_sums(sums, more);
 }
 
-// Adds what a block of columns came to; a token's scale and a group's are applied in the order of whole_tile.
-template <int KIND>
-static inline void add_sums(const Matrix& w, const Activations& a, int64_t token, int64_t count, int64_t panel,
-                            int64_t next, int64_t b, const WholeBlock& sums, Block& totals) {
+// Adds what a block of columns came to; a token's scale and a group's are applied as whole_tile does.
+template <int KIND, Bits BITS>
+static inline void add_sums(const Matrix& w, const Activations& a, int64_t token, int64_t from, int64_t count,
+                            int64_t panel, int64_t next, int64_t b, const WholeBlock& sums, Block& totals) {
     const int64_t per_token = a.stride / block_of(KIND);
     Floats scale[2];
     if constexpr (KIND == INT4) {
@@ -149,19 +156,19 @@ static inline void add_sums(const Matrix& w, const Activations& a, int64_t token
         scale[0] = load_as<FLOAT16>(scales + (panel * groups + group) * PANEL * 2);
         scale[1] = load_as<FLOAT16>(scales + (next * groups + group) * PANEL * 2);
     }
-    for (int64_t m = 0; m < count; m++) {
+    for (int64_t m = from; m < count; m++) {
         const int64_t place = (token + m) * per_token + b;
-        const __m512i offset = _mm512_set1_epi32(a.offsets[place]);
         const Floats factor = all(a.scales[place]);
         UNROLL for (int i = 0; i < 2; i++) {
-            const __m512i dots = _mm512_sub_epi32(_mm512_load_si512(sums[m] + i * PANEL), offset);
+            __m512i dots = _mm512_load_si512(sums[m] + i * PANEL);
+            if constexpr (BITS == UNSIGNED) dots = _mm512_sub_epi32(dots, _mm512_set1_epi32(a.offsets[place]));
             float* to = totals[m] + i * PANEL;
             store(to, fused(Floats{_mm512_cvtepi32_ps(dots)}, KIND == INT4 ? factor * scale[i] : factor, load(to)));
         }
     }
 }
 
-template <int KIND>
+template <int KIND, Bits BITS>
 static void whole_block(const Matrix& w, const Activations& a, int64_t token, int64_t count, int64_t panel,
                         int64_t next, const char* p, const char* q, Block& totals) {
     constexpr int64_t EACH = block_of(KIND), PIECE = KIND == INT4 ? BLOCK : LINE;  // columns of a line of tiles
@@ -173,17 +180,22 @@ static void whole_block(const Matrix& w, const Activations& a, int64_t token, in
         zero_sums(more);
         const int64_t end = std::min((b + 1) * EACH, w.columns);
         for (int64_t k = b * EACH; k < end; k += PIECE) {
-            if constexpr (KIND == INT8) {
+            if constexpr (BITS == UNSIGNED) {
                 ahead_of_tile(p + k * PANEL);
                 ahead_of_tile(q + k * PANEL);
             }
-            multiply_tiles<KIND>(a.narrow + token * a.stride + k, a.stride, more, p + k * PANEL, q + k * PANEL);
+            multiply_tiles<BITS>(a.narrow + token * a.stride + k, a.stride, more, p + k * PANEL, q + k * PANEL);
         }
         // The last block's, while this one's products are on their way.
-        if (b > 0) add_sums<KIND>(w, a, token, count, panel, next, b - 1, sums, totals);
-        store_sums(sums, more);
+        if (b > 0) add_sums<KIND, BITS>(w, a, token, 0, std::min(count, TILE_SIDE), panel, next, b - 1, sums, totals);
+        _tile_stored(0, sums, 2 * LINE);
+        _tile_stored(1, sums[0] + PANEL, 2 * LINE);
+        if (!more) continue;
+        if (b > 0) add_sums<KIND, BITS>(w, a, token, TILE_SIDE, count, panel, next, b - 1, sums, totals);
+        _tile_stored(2, sums[TILE_SIDE], 2 * LINE);
+        _tile_stored(3, sums[TILE_SIDE] + PANEL, 2 * LINE);
     }
-    add_sums<KIND>(w, a, token, count, panel, next, blocks - 1, sums, totals);
+    add_sums<KIND, BITS>(w, a, token, 0, count, panel, next, blocks - 1, sums, totals);
     if constexpr (KIND == INT8) {
         const float* scales = static_cast<const float*>(w.scales);
         const Floats scale[2] = {load(scales + panel * PANEL), load(scales + next * PANEL)};
@@ -192,16 +204,13 @@ static void whole_block(const Matrix& w, const Activations& a, int64_t token, in
     }
 }
 
-template <int KIND>
+template <int KIND, Bits BITS>
 static void tiles_of(const Matrix& w, const Activations& a, int64_t tokens, int64_t first, int64_t last, float* y,
                      int64_t stride, bool add) {
     const Tiles tiles(KIND == INT4 ? BLOCK : LINE);
     const char* data = static_cast<const char*>(w.data) + first * w.panel_bytes();
-    int64_t bytes = w.panel_bytes();
-    if constexpr (KIND == INT4) {
-        data = spread(data, (last - first) * bytes);
-        bytes *= 2;
-    }
+    if constexpr (BITS == SIGNED) data = as_signed<KIND>(data, (last - first) * w.panel_bytes());
+    const int64_t bytes = w.panel_bytes() * (KIND == INT4 ? 2 : 1);
     for (int64_t token = 0; token < tokens; token += TWO_SIDES) {
         const int64_t count = std::min(TWO_SIDES, tokens - token);
         for (int64_t panel = first; panel < last; panel += 2) {
@@ -211,7 +220,7 @@ static void tiles_of(const Matrix& w, const Activations& a, int64_t tokens, int6
             if constexpr (KIND == BFLOAT16)
                 pairs_block(w, a, token, count > TILE_SIDE, p, q, sums);
             else
-                whole_block<KIND>(w, a, token, count, panel, one ? panel : panel + 1, p, q, sums);
+                whole_block<KIND, BITS>(w, a, token, count, panel, one ? panel : panel + 1, p, q, sums);
             for (int64_t m = 0; m < count; m++) {
                 float* to = y + (token + m) * stride + panel * PANEL;
                 put(to, load(sums[m]), add);
@@ -223,11 +232,11 @@ static void tiles_of(const Matrix& w, const Activations& a, int64_t tokens, int6
 
 static void by_tiles(const Matrix& w, const Activations& a, int64_t tokens, int64_t first, int64_t last, float* y,
                      int64_t stride, bool add) {
-    switch (w.kind) {
-        case BFLOAT16: return tiles_of<BFLOAT16>(w, a, tokens, first, last, y, stride, add);
-        case INT8: return tiles_of<INT8>(w, a, tokens, first, last, y, stride, add);
-        default: return tiles_of<INT4>(w, a, tokens, first, last, y, stride, add);
-    }
+    if (w.kind == BFLOAT16) return tiles_of<BFLOAT16, PAIR>(w, a, tokens, first, last, y, stride, add);
+    if (w.kind == INT4) return tiles_of<INT4, SIGNED>(w, a, tokens, first, last, y, stride, add);
+    // A copy with signs saves taking offsets away, but is only worth it if it is used often.
+    if (tokens > TWO_SIDES) return tiles_of<INT8, SIGNED>(w, a, tokens, first, last, y, stride, add);
+    tiles_of<INT8, UNSIGNED>(w, a, tokens, first, last, y, stride, add);
 }
 
 #endif
@@ -235,7 +244,8 @@ static void by_tiles(const Matrix& w, const Activations& a, int64_t tokens, int6
 // Whether tiles are the fastest for so many tokens; for bfloat16 that may not depend on them.
 static bool go_by_tiles([[maybe_unused]] const Matrix& w, [[maybe_unused]] int64_t tokens) {
 #ifdef TILES
-    return Tiles::allowed() && (w.kind == BFLOAT16 || ((w.kind == INT8 || w.kind == INT4) && tokens > TILE_SIDE));
+    const bool whole = (w.kind == INT8 && tokens > TILE_SIDE / 2) || (w.kind == INT4 && tokens > TILE_SIDE);
+    return Tiles::allowed() && (w.kind == BFLOAT16 || whole);
 #endif
     return false;
 }
