@@ -21,6 +21,9 @@ MAX_MESSAGE = 2000  # characters of an error's message
 # Line ends to str.splitlines(), by which clients cut a stream, though not to JSON.
 _LINE_ENDS = str.maketrans({"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"})
 
+# Made once: json.dumps makes an encoder for every token.
+_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
+
 _INVALID = "invalid_request_error"
 _ERRORS = {
     401: (_INVALID, "invalid_api_key"),
@@ -116,7 +119,7 @@ class Renderer(Protocol):
 
 def to_json(value: Any) -> bytes:
     """A value as one line of JSON, without a line end."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False).translate(_LINE_ENDS)
+    text = _encode(value).translate(_LINE_ENDS)
     return text.encode("utf-8", "replace")
 
 

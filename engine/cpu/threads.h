@@ -2,7 +2,6 @@
 #pragma once
 
 #include <immintrin.h>
-#include <sched.h>
 
 #include <algorithm>
 #include <atomic>
@@ -35,7 +34,7 @@ class Team {
         epoch_.fetch_add(1, std::memory_order_release);
         if (size_ > 1) epoch_.notify_all();
         work(0);
-        for (int spins = 0; busy_.load(std::memory_order_acquire);) pause(spins);
+        for (int left; (left = busy_.load(std::memory_order_acquire));) await(busy_, left);
     }
 
     // Share `count` pieces of work out to whoever comes first, `step` at a time; `phase` counts the calls of a run.
@@ -56,13 +55,15 @@ class Team {
 
    private:
     static constexpr int COUNTERS = 16;
-    static constexpr int SPINS = 4000;  // tens of microseconds; then others may need the core
+    static constexpr uint64_t SPINNING = 200'000;  // the clock's ticks: some fifty microseconds
 
-    static void pause(int& spins) {
-        if (++spins < SPINS)
-            _mm_pause();
-        else
-            sched_yield();
+    // Until `value` is not `old`. Who waits for longer sleeps: a thread that was pushed off its core by another program
+    // then finds this one free, which a thread that only yields would keep.
+    template <typename T>
+    static void await(const std::atomic<T>& value, T old) {
+        for (const uint64_t began = __rdtsc(); __rdtsc() - began < SPINNING; _mm_pause())
+            if (value.load(std::memory_order_acquire) != old) return;
+        value.wait(old, std::memory_order_acquire);
     }
 
     void wait() {
@@ -70,9 +71,10 @@ class Team {
         if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
             arrived_.store(0, std::memory_order_relaxed);
             generation_.fetch_add(1, std::memory_order_release);
+            generation_.notify_all();
             return;
         }
-        for (int spins = 0; generation_.load(std::memory_order_acquire) == generation;) pause(spins);
+        await(generation_, generation);
     }
 
     void serve(int thread) {
@@ -83,6 +85,7 @@ class Team {
             if (work_ == nullptr) return;
             (*work_)(thread);
             busy_.fetch_sub(1, std::memory_order_release);
+            busy_.notify_all();
         }
     }
 
