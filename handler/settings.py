@@ -114,7 +114,7 @@ class HandlerSettings:
     request_timeout_sec: float = 600.0
     watchdog_sec: float = 120.0
     lease_sec: float = 0.7
-    poll_sec: float = 0.01
+    poll_sec: float = 0.1
     max_body_bytes: int = 1 << 20
     log_level: str = "INFO"
 
@@ -139,7 +139,7 @@ class HandlerSettings:
             ("request_timeout_sec", 0.1, 86400),
             ("watchdog_sec", 1, 86400),
             ("lease_sec", 0.1, 60),
-            ("poll_sec", 0.001, 0.05),
+            ("poll_sec", 0.001, 0.2),
         ):
             _seconds(name, getattr(self, name), least, most)
 

@@ -348,3 +348,26 @@ def test_a_frontend_that_stalled_gets_every_answer_as_if_nothing_had_happened(
 
     for job in (*jobs, late):
         assert by_choice(job) == by_choice(undisturbed)
+
+
+@pytest.mark.parametrize(("running", "least", "most"), [(1, 1.5, 2.6), (SLOTS, 0.9, 1.6)])
+def test_a_step_takes_few_calls_and_one_before_its_end_only_if_somebody_could_join(
+    frontend: FakeFrontend, monkeypatch: pytest.MonkeyPatch, running: int, least: float, most: float
+) -> None:
+    engine, jobs = frontend.handler.engine, [frontend.post(LONG) for _ in range(running)]
+    while not all(job.lines for job in jobs):
+        frontend.round()
+    step = engine.step
+
+    def slow() -> list:
+        time.sleep(0.08)
+        return step()
+
+    monkeypatch.setattr(engine, "step", slow)
+    time.sleep(0.2)
+    frontend.round()
+    before, rounds = engine.steps, 0
+    while engine.steps < before + 8:
+        frontend.round()
+        rounds += 1
+    assert least <= rounds / 8 <= most

@@ -84,7 +84,7 @@ def test_the_engine_and_the_requests_get_their_parts() -> None:
         ({"tokenizer_path": 5}, ["tokenizer_path is 5"]),
         ({"max_waiting": -1}, ["max_waiting is -1"]),
         ({"poll_sec": 0}, ["poll_sec is 0"]),
-        ({"poll_sec": 1}, ["poll_sec is 1", "0.05"]),
+        ({"poll_sec": 1}, ["poll_sec is 1", "0.2"]),
         ({"request_timeout_sec": "600s"}, ["request_timeout_sec is '600s'"]),
         ({"lease_sec": float("inf")}, ["lease_sec is inf"]),
         ({"log_level": "info"}, ["log_level is 'info'", "INFO"]),
