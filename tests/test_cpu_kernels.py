@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
 import re
 import shutil
@@ -144,6 +145,28 @@ def test_a_sequences_numbers_do_not_depend_on_company_or_threads(scheme: torch.d
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs: a team of one has nobody to avoid")
+def test_a_team_on_all_cores_keeps_apart_and_leaves_its_caller_free() -> None:
+    cores, before = os.sched_getaffinity(0), torch.get_num_threads()
+
+    def seated() -> int:
+        """How many of this process's threads are kept on a core."""
+        return sum(len(os.sched_getaffinity(int(task.name))) == 1 for task in Path("/proc/self/task").iterdir())
+
+    others = seated()  # of teams that earlier tests left behind
+    try:
+        for threads in (1, len(cores)):
+            torch.set_num_threads(threads)
+            runner = CpuRunner(model_of(TINY, weights_of(TINY, torch.float32)), limits())
+            for plan in plans(TINY):
+                runner.run(plan)
+            assert seated() - others == threads - 1
+            assert os.sched_getaffinity(0) == cores
+            del runner
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("scheme", ["none", *SCHEMES])

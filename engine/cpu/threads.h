@@ -2,6 +2,7 @@
 #pragma once
 
 #include <immintrin.h>
+#include <sched.h>
 
 #include <algorithm>
 #include <atomic>
@@ -10,6 +11,31 @@
 #include <memory>
 #include <thread>
 #include <vector>
+
+// Keeps this thread on a core of its own while it works in a team that has all cores. Else the system may bring two of
+// the team together on one core, while another program has the other one, and part them again only some ticks later.
+class Seat {
+   public:
+    Seat(int thread, int size) {
+        CPU_ZERO(&before_);
+        if (sched_getaffinity(0, sizeof(before_), &before_) != 0 || CPU_COUNT(&before_) != size) return;
+        int core = 0;
+        for (int passed = 0; !CPU_ISSET(core, &before_) || passed++ < thread;) core++;
+        cpu_set_t one;
+        CPU_ZERO(&one);
+        CPU_SET(core, &one);
+        taken_ = sched_setaffinity(0, sizeof(one), &one) == 0;
+    }
+    ~Seat() {
+        if (taken_) sched_setaffinity(0, sizeof(before_), &before_);
+    }
+    Seat(const Seat&) = delete;
+    Seat& operator=(const Seat&) = delete;
+
+   private:
+    cpu_set_t before_;
+    bool taken_ = false;
+};
 
 class Team {
    public:
@@ -33,6 +59,7 @@ class Team {
         busy_.store(size_ - 1, std::memory_order_relaxed);
         epoch_.fetch_add(1, std::memory_order_release);
         if (size_ > 1) epoch_.notify_all();
+        const Seat seat(0, size_);
         work(0);
         for (int left; (left = busy_.load(std::memory_order_acquire));) await(busy_, left);
     }
@@ -78,6 +105,7 @@ class Team {
     }
 
     void serve(int thread) {
+        const Seat seat(thread, size_);
         uint32_t seen = 0;
         while (true) {
             epoch_.wait(seen, std::memory_order_acquire);
