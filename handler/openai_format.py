@@ -74,6 +74,10 @@ class _OpenAIRenderer:
         self._format = format
         self._id = f"{self.prefix}-{uuid.uuid4().hex}"
         self._created = int(time.time())
+        # What stands around the one choice of every chunk, written once: a token's own part is small.
+        usage = {"usage": None} if format.include_usage else {}
+        around = event(self._envelope(self.chunk_object, []) | usage)
+        self._before, self._behind = around.rsplit(b"[]", 1)
 
     def end(self, usage: Usage) -> bytes:
         """The usage, if asked for, and the end mark."""
@@ -94,8 +98,7 @@ class _OpenAIRenderer:
         raise NotImplementedError
 
     def _chunk(self, choice: dict[str, Any]) -> bytes:
-        usage = {"usage": None} if self._format.include_usage else {}
-        return event(self._envelope(self.chunk_object, [choice]) | usage)
+        return b"%b[%b]%b" % (self._before, to_json(choice), self._behind)
 
     def _envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {
@@ -122,6 +125,8 @@ class CompletionRenderer(_OpenAIRenderer):
         prompt = self._prompt(choice)
         if prompt is None:
             return b""
+        if not self._format.logprobs:
+            return self._chunk(self._choice(choice, prompt.text, None, None))
         tokens = self._tokens[choice] = _TokenList(self._format.tokenizer)
         tokens.add_prompt(prompt, prompt_logprobs or ())
         tokens.written += len(prompt.text)
@@ -132,17 +137,21 @@ class CompletionRenderer(_OpenAIRenderer):
         logprobs = piece.logprobs if self._format.logprobs else ()
         if not (piece.text or logprobs or piece.finish_reason):
             return b""
+        if not self._format.logprobs:
+            return self._chunk(self._choice(piece.choice, piece.text, None, piece.finish_reason))
         tokens = self._tokens.setdefault(piece.choice, _TokenList(self._format.tokenizer))
         tokens.add(logprobs)
         tokens.written += len(piece.text)
         return self._chunk(self._choice(piece.choice, piece.text, tokens, piece.finish_reason))
 
     def _whole_choice(self, index: int, choice: Choice) -> dict[str, Any]:
-        tokens, text = _TokenList(self._format.tokenizer), choice.text
         prompt = self._prompt(index)
+        text = choice.text if prompt is None else prompt.text + choice.text
+        if not self._format.logprobs:
+            return self._choice(index, text, None, choice.finish_reason)
+        tokens = _TokenList(self._format.tokenizer)
         if prompt is not None:
             tokens.add_prompt(prompt, choice.prompt_logprobs or ())
-            text = prompt.text + text
         tokens.add(choice.logprobs or ())
         tokens.written = len(text)
         return self._choice(index, text, tokens, choice.finish_reason)
@@ -150,12 +159,11 @@ class CompletionRenderer(_OpenAIRenderer):
     def _prompt(self, choice: int) -> EchoedPrompt | None:
         return None if self._echo is None else self._echo[choice // self._n]
 
-    def _choice(self, index: int, text: str, tokens: _TokenList, finish_reason: str | None) -> dict[str, Any]:
-        logprobs = tokens.take(final=finish_reason is not None)
+    def _choice(self, index: int, text: str, tokens: _TokenList | None, finish_reason: str | None) -> dict[str, Any]:
         return {
             "index": index,
             "text": text,
-            "logprobs": logprobs if self._format.logprobs else None,
+            "logprobs": None if tokens is None else tokens.take(final=finish_reason is not None),
             "finish_reason": finish_reason,
         }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -503,3 +504,15 @@ def test_a_stream_that_fails_raises_in_the_official_client(service: Service) -> 
         )
         with pytest.raises(openai.APIError, match="the engine stopped"):
             list(llama.completions.create(model="llama", prompt="a", stream=True))
+
+
+@pytest.mark.parametrize("options", [{}, {"stream_options": {"include_usage": True}}])
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+def test_a_chunk_is_whole_json_whatever_the_model_is_called(service: Service, path: str, options: dict) -> None:
+    name = 'a[]"b\u2028'
+    asked = {"messages": [USER]} if path == CHAT else {"prompt": "Hello"}
+    request = ask(dataclasses.replace(service, model_name=name), path, {"stream": True, **asked, **options})
+    chunk = request.renderer.piece(Piece(0, "text", (5,), (), None))
+    assert chunk.startswith(b"data: ") and chunk.endswith(b"\n\n") and len(chunk.decode().splitlines()) == 2
+    value = json.loads(chunk[6:])
+    assert value["model"] == name and len(value["choices"]) == 1 and ("usage" in value) == bool(options)
