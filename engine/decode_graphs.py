@@ -60,22 +60,25 @@ class DecodeGraphs:
         self._numbers = torch.zeros(4 * self._slots, dtype=torch.int64, device=device)
         self._logits_RV = torch.zeros(self._slots, model.args.vocab_size, device=device)
         self._replays: dict[tuple[int, int, bool], Callable[[], None]] = {}
-        self._failed = False
+        self.failed = False
 
-    def run(self, segments: Ordered[Segment]) -> Tensor | None:
-        """Logits (R, V), which the next step overwrites; None where the step has to be computed the ordinary way."""
-        if self._failed or not all(len(segment.tokens) == segment.logits == 1 for segment in segments):
+    def run(self, segments: Ordered[Segment], tokens_N: Tensor | None = None) -> Tensor | None:
+        """Logits (R, V), which the next step overwrites; None where the step has to be computed the ordinary way.
+
+        `tokens_N`, on the device, stand for the segments' own.
+        """
+        if self.failed or not all(len(segment.tokens) == segment.logits == 1 for segment in segments):
             return None
         rows, in_place = self._rows(segments)
         context = bucket(max(segment.start for segment in segments) + 1, LEAST_CONTEXT, self._longest)
-        self._fill(segments, rows, in_place)
+        self._fill(segments, rows, in_place, tokens_N)
         key = (rows, context, in_place)
         if key not in self._replays:
             try:
                 self._replays[key] = self._capture(lambda: self._forward(*key))
             except RuntimeError as error:  # out of memory is one, too
                 log.warning("no CUDA graphs from here on, so decode is slower: capturing one failed: %s", error)
-                self._failed = True
+                self.failed = True
                 self._replays.clear()
                 return None
         self._replays[key]()
@@ -95,14 +98,17 @@ class DecodeGraphs:
         """Tokens, positions, slots and the rows whose logits are wanted, side by side for one copy to the device."""
         return self._numbers[: 4 * rows].view(4, rows)
 
-    def _fill(self, segments: Ordered[Segment], rows: int, in_place: bool) -> None:
+    def _fill(self, segments: Ordered[Segment], rows: int, in_place: bool, tokens_N: Tensor | None) -> None:
         """Put a step's numbers into the buffers; the padded rows write to the position that nobody reads."""
         tokens, positions, slots, wanted = [0] * rows, [self._longest] * rows, list(range(rows)), [0] * rows
         for index, segment in enumerate(segments):
             row = segment.slot if in_place else index
             tokens[row], positions[row], slots[row] = segment.tokens[0], segment.start, segment.slot
             wanted[index] = row
-        self._views(rows).copy_(torch.tensor((tokens, positions, slots, wanted)))
+        view = self._views(rows)
+        view.copy_(torch.tensor((tokens, positions, slots, wanted)), non_blocking=True)
+        if tokens_N is not None:
+            view[0, view[3, : len(segments)]] = tokens_N
 
     def _forward(self, rows: int, context: int, in_place: bool) -> None:
         """The buffers through the model. Everything here may be captured, so nothing here may look at a value."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
-from collections.abc import Sequence as Ordered
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from engine.loader import Limits, choose_threads, preflight
 from engine.pace import Pace
 from engine.parallel import Launch, Ranks, choose_device
 from engine.runner import Runner, load_runner
-from engine.sampler import finite_rows, token_logprobs
+from engine.sampler import NOT_FINITE, Chosen, finite_rows, rows_of, token_logprobs
 from engine.scheduler import Scheduler, Segment, StepPlan
 from engine.sequence import FinishReason, SamplingParams, Sequence, TokenLogprobs
 from engine.slots import SlotPool
@@ -53,6 +53,15 @@ class _Row:
     drafted: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Launched:
+    """A step that is computed or still computing."""
+
+    segments: tuple[Segment, ...]
+    sequences: list[Sequence]
+    logits_RV: Tensor
+
+
 class Engine:
     """`add`, `step` and `cancel` on rank 0; `follow` everywhere else."""
 
@@ -68,6 +77,7 @@ class Engine:
         self.slots = SlotPool(limits.max_batch_size, limits.prefix_reuse)
         self.steps = 0
         self._runner, self._clock = runner, clock
+        self._ahead: _Launched | None = None
         self._scheduler = Scheduler(
             self.slots, limits.max_tokens_per_step, Pace(limits.prefill_beside_decode), limits.draft_tokens
         )
@@ -143,18 +153,62 @@ class Engine:
     def step(self) -> list[Output]:
         """Plan, compute and sample once; every sequence that got a token or ended by itself is in the answer."""
         began = self._clock()
-        planned = self._scheduler.next()
-        if planned is None:
+        launched = self._launched_ahead() or self._launch()
+        if launched is None:
             return []
-        plan, sequences = planned
-        if self.ranks.several:
-            self._say(plan.to_numbers())
-        logits_RV = self._runner.run(plan)
         self.steps += 1
-        outputs = self._take(plan.segments, sequences, logits_RV)
+        outputs = self._take(launched, self._launch_ahead(launched))
         self._scheduler.took(self._clock() - began)
         self._scheduler.reap()
         return outputs
+
+    def _launch(self) -> _Launched | None:
+        planned = self._scheduler.next()
+        if planned is None:
+            return None
+        plan, sequences = planned
+        if self.ranks.several:
+            self._say(plan.to_numbers())
+        return _Launched(plan.segments, sequences, self._runner.run(plan))
+
+    def _launch_ahead(self, launched: _Launched) -> list[int] | None:
+        """Launch the step behind this one before its tokens are known here, so that a GPU need not wait for that.
+
+        The tokens, if it could be; sequences that turn out to end with theirs are computed once more for nothing.
+        """
+        rows = self._following(launched)
+        if not rows:
+            return None
+        chosen = Chosen(launched.logits_RV, launched.sequences)
+        sequences = [launched.sequences[row] for row in rows]
+        segments = tuple(Segment(each.slot, len(each.tokens), (0,), 1) for each in sequences)
+        tokens_N = rows_of(chosen.tokens_R, rows)
+        self._ahead = _Launched(segments, sequences, self._runner.run(StepPlan(segments), tokens_N))
+        return chosen.wait()
+
+    def _following(self, launched: _Launched) -> list[int]:
+        """The rows of a step that go on, by slot; none unless what follows is sure but for the tokens themselves."""
+        sequences = launched.sequences
+        if not self._runner.runs_ahead or not self._scheduler.only(sequences):
+            return []
+        for segment, sequence in zip(launched.segments, sequences, strict=True):
+            drawn = segment.logits == 1 and len(segment.tokens) == sequence.pending and not sequence.finished
+            plain = not sequence.params.has_penalties and sequence.params.logprobs is None
+            if not drawn or not plain or len(sequence.tokens) >= sequence.limit:
+                return []
+        rows = [row for row, sequence in enumerate(sequences) if len(sequence.tokens) + 1 < sequence.limit]
+        return sorted(rows, key=lambda row: sequences[row].slot)
+
+    def _launched_ahead(self) -> _Launched | None:
+        """The step that is already on its way, of those sequences that are still there."""
+        ahead, self._ahead = self._ahead, None
+        rows = [row for row, sequence in enumerate(ahead.sequences) if sequence.slot is not None] if ahead else []
+        if not rows:
+            return None
+        sequences = [ahead.sequences[row] for row in rows]
+        self._scheduler.went_on(len(rows))
+        segments = tuple(Segment(each.slot, each.computed, (each.tokens[-1],), 1) for each in sequences)
+        return _Launched(segments, sequences, rows_of(ahead.logits_RV, rows))
 
     def heartbeat(self) -> None:
         """Tell idle followers that the leader lives, and find out whether they do."""
@@ -182,12 +236,15 @@ class Engine:
         self._plan[: len(numbers)] = torch.tensor(numbers)
         self.ranks.broadcast(self._plan)
 
-    def _take(self, segments: Ordered[Segment], sequences: Ordered[Sequence], logits_RV: Tensor) -> list[Output]:
-        """Advance every sequence of the step; sample those whose last known token was computed."""
-        outputs, drawn = [], []
-        finite = finite_rows(logits_RV)
+    def _take(self, launched: _Launched, tokens: list[int] | None) -> list[Output]:
+        """Advance every sequence of the step; sample those whose last known token was computed.
+
+        `tokens` are those of all rows where they were drawn already.
+        """
+        outputs, drawn, logits_RV = [], [], launched.logits_RV
+        finite = finite_rows(logits_RV) if tokens is None else [token != NOT_FINITE for token in tokens]
         row = 0
-        for segment, sequence in zip(segments, sequences, strict=True):
+        for segment, sequence in zip(launched.segments, launched.sequences, strict=True):
             first, row = row, row + segment.logits
             self.slots.note(segment.slot, segment.start, segment.tokens)
             if sequence.finished:  # cancelled while the step ran
@@ -213,7 +270,9 @@ class Engine:
                 outputs.append(Output(sequence, None, finish_reason=FinishReason.LENGTH))
                 continue
             drawn.append(_Row(sequence, segment.slot, at, draft, len(draft)))
-        return outputs + self._draw(drawn, logits_RV, finite)
+        if tokens is None:
+            return outputs + self._draw(drawn, logits_RV, finite)
+        return outputs + self._advance([each.sequence for each in drawn], [tokens[each.row] for each in drawn])
 
     def _draw(self, drawn: list[_Row], logits_RV: Tensor, finite: list[bool]) -> list[Output]:
         """A token from each row, and from the next row of a sequence for as long as its draft says what is drawn.
@@ -225,8 +284,7 @@ class Engine:
         turn = drawn
         while turn:
             rows = [each.row for each in turn]
-            every = rows == list(range(len(logits_RV)))
-            outputs += self._sample([each.sequence for each in turn], logits_RV if every else logits_RV[rows])
+            outputs += self._sample([each.sequence for each in turn], rows_of(logits_RV, rows))
             following = []
             for each in turn:
                 sequence = each.sequence
@@ -262,10 +320,16 @@ class Engine:
             tops = [sequences[row].params.logprobs for row in wanted]
             logprobs = token_logprobs(logits_RV[wanted], [tokens[row] for row in wanted], tops)
             by_row = dict(zip(wanted, logprobs, strict=True))
+        return self._advance(sequences, tokens, by_row)
+
+    @staticmethod
+    def _advance(
+        sequences: list[Sequence], tokens: list[int], logprobs: Mapping[int, TokenLogprobs] = MappingProxyType({})
+    ) -> list[Output]:
         for sequence, token in zip(sequences, tokens, strict=True):
             sequence.append(token)
         pairs = enumerate(zip(sequences, tokens, strict=True))
-        return [Output(each, token, by_row.get(row), each.finish_reason) for row, (each, token) in pairs]
+        return [Output(each, token, logprobs.get(row), each.finish_reason) for row, (each, token) in pairs]
 
     @staticmethod
     def _take_prompt_logprobs(sequence: Sequence, segment: Segment, logits_SV: Tensor) -> None:

@@ -38,13 +38,21 @@ class Runner:
         )
         self._graphs = DecodeGraphs(model, self.cache, limits, device, capture) if capture is not None else None
 
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether a step is worth launching before the tokens of the one before it are known here."""
+        return self._graphs is not None and not self._graphs.failed
+
     @torch.inference_mode()
-    def run(self, plan: StepPlan) -> Tensor | None:
-        """Logits (R, V) of the rows that the plan wants, in its order; None on ranks that do not lead."""
+    def run(self, plan: StepPlan, tokens_N: Tensor | None = None) -> Tensor | None:
+        """Logits (R, V) of the rows that the plan wants, in its order; None on ranks that do not lead.
+
+        `tokens_N` stand for the plan's own where only the device knows them so far.
+        """
         self.cache.scrub(plan.scrub)
         self.cache.copy(plan.copies)
         if self._graphs is not None:
-            logits_RV = self._graphs.run(plan.segments)
+            logits_RV = self._graphs.run(plan.segments, tokens_N)
             if logits_RV is not None:
                 return logits_RV
         tokens, positions, rows = [], [], []
@@ -55,7 +63,7 @@ class Runner:
         positions_N = torch.tensor(positions, device=self._device)
         self.cache.begin(plan.segments, positions_N)
         return self.model(
-            torch.tensor(tokens, device=self._device),
+            torch.tensor(tokens, device=self._device) if tokens_N is None else tokens_N,
             positions_N,
             self.cache,
             torch.tensor(rows, dtype=torch.int64, device=self._device),

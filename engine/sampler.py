@@ -15,9 +15,37 @@ from torch import Tensor
 
 from engine.sequence import SamplingParams, Sequence, TokenLogprobs
 
+NOT_FINITE = -1  # in the place of a token
+
+
+class Chosen:
+    """Tokens that were drawn where the logits lie and are on their way here; they can be computed with meanwhile."""
+
+    def __init__(self, logits_RV: Tensor, sequences: Ordered[Sequence]) -> None:
+        self.tokens_R = _choose(logits_RV, sequences)
+        told_R = torch.where(logits_RV.sum(-1).isfinite(), self.tokens_R, NOT_FINITE)
+        self._arrived = None
+        if told_R.is_cuda:
+            self._told_R = torch.empty(told_R.shape, dtype=told_R.dtype, pin_memory=True)
+            self._told_R.copy_(told_R, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record(torch.cuda.current_stream(told_R.device))
+        else:
+            self._told_R = told_R
+
+    def wait(self) -> list[int]:
+        """The tokens, or NOT_FINITE for a row that holds something else than numbers; later work is not waited for."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._told_R.tolist()
+
 
 def choose_tokens(logits_RV: Tensor, sequences: Ordered[Sequence]) -> list[int]:
     """One token for each row, drawn as its sequence asks."""
+    return _choose(logits_RV, sequences).tolist()
+
+
+def _choose(logits_RV: Tensor, sequences: Ordered[Sequence]) -> Tensor:
     params = [sequence.params for sequence in sequences]
     logits_RV = adjust(logits_RV, sequences)
     tokens_R = logits_RV.argmax(-1)
@@ -27,7 +55,7 @@ def choose_tokens(logits_RV: Tensor, sequences: Ordered[Sequence]) -> list[int]:
         rows = _some(drawn, logits_RV)
         weights = filtered_probabilities(logits_RV[rows], options)
         tokens_R[rows] = draw(weights, _beside(logits_RV, [sequences[row].draw() for row in drawn]))
-    return tokens_R.tolist()
+    return tokens_R
 
 
 def adjust(logits_RV: Tensor, sequences: Ordered[Sequence]) -> Tensor:
@@ -47,6 +75,11 @@ def adjust(logits_RV: Tensor, sequences: Ordered[Sequence]) -> Tensor:
 def _beside(logits: Tensor, values: Ordered[float], dtype: torch.dtype | None = None) -> Tensor:
     """The values on the logits' device, whose work is not waited for: their copy queues behind it."""
     return torch.tensor(values, dtype=dtype).to(logits.device, non_blocking=True)
+
+
+def rows_of(values: Tensor, rows: list[int]) -> Tensor:
+    """Some rows, in this order, without waiting for what computes them; all of them need no copy."""
+    return values if rows == list(range(len(values))) else values[_beside(values, rows)]
 
 
 def _some(rows: list[int], logits_RV: Tensor) -> Tensor | slice:

@@ -152,6 +152,15 @@ class Scheduler:
         self._last = (spared, further, any(segment.logits for segment in plan.segments))
         return plan, [sequence for sequence, _ in chosen]
 
+    def only(self, sequences: Ordered[Sequence]) -> bool:
+        """Whether the next step is for these alone, a token each, whatever this one draws."""
+        joins = self.waiting and self._capacity.free
+        return len(self.running) == len(sequences) and not joins and not self._draft_tokens
+
+    def went_on(self, running: int) -> None:
+        """Take note of a step that was not planned here, of so many sequences' next tokens."""
+        self._last = (running, 0, True)
+
     def took(self, seconds: float) -> None:
         """Say how long the last step took, from its plan to its tokens."""
         running, further, finished = self._last

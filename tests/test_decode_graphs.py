@@ -253,5 +253,5 @@ def test_graphs_on_a_gpu_give_the_tokens_of_the_ordinary_way() -> None:
         sequences = [engine.add(prompt, params) for prompt in prompts]
         found.append([finish(engine, sequence) for sequence in sequences])
         if graphs:
-            assert runner._graphs._replays and not runner._graphs._failed
+            assert runner._graphs._replays and not runner._graphs.failed
     assert found[0] == found[1]

@@ -89,6 +89,8 @@ class _Draw(Structure):
 class CpuRunner:
     """What `Runner` does, on the kernels; the model's own modules are emptied once their weights are packed."""
 
+    runs_ahead = False
+
     def __init__(
         self,
         model: Transformer,
