@@ -21,6 +21,8 @@ class Messages:
         self._at = 0
         # A live request as it was last sent, if it had headers only, and what stands for it when it is sent again.
         self._repeated: dict[bytes, tuple[bytes, dict[str, Any]]] = {}
+        # The last message, if there was nothing else in it, and what stands for it.
+        self._whole: tuple[bytes, list[dict[str, Any]]] | None = None
 
     def retrieve(self, connection: Any, length: int) -> bytearray:
         """The next bytes; what TorchServe's own reader of single fields is replaced by."""
@@ -32,6 +34,12 @@ class Messages:
     def inference(self, connection: Any) -> list[dict[str, Any]]:
         """The requests of one round; of those that were there before only the ids."""
         requests, repeated = [], {}
+        if self._whole is not None:
+            self._need(connection, 1)
+            if self._skip(self._whole[0]):
+                self._drop()
+                return self._whole[1]
+        began = self._at
         while True:
             id_ = self._field(connection)
             if id_ is None:
@@ -49,10 +57,16 @@ class Messages:
                 again = {"requestId": id_, "headers": [], "parameters": []}
                 repeated[key] = (bytes(self._kept[start : self._at]), again)
             requests.append(request)
-        self._repeated = repeated
+        self._repeated, self._whole = repeated, None
+        if len(repeated) == len(requests):
+            self._whole = bytes(self._kept[began : self._at]), [again for _, again in repeated.values()]
+        self._drop()
+        return requests
+
+    def _drop(self) -> None:
+        """Forget what was read."""
         del self._kept[: self._at]
         self._at = 0
-        return requests
 
     def _headers(self, connection: Any) -> list[dict[str, bytearray]]:
         headers = []

@@ -111,6 +111,31 @@ def test_it_does_not_matter_in_what_pieces_a_message_arrives(ends: tuple, size: 
     assert found[2] == by_torchserve(second)[2]
 
 
+@pytest.mark.parametrize("size", [11, 1 << 20])
+def test_a_whole_message_that_is_repeated_is_known_and_one_that_goes_on_is_not(ends: tuple, size: int) -> None:
+    messages = Messages()
+    both, third = request("a") + request("b"), request("c", body=b"new")
+    sent = [request("a", body=b"x") + request("b", body=b"y"), both, both, both, both + third, both, request("b"), b""]
+
+    def trickle() -> None:
+        for message in sent:
+            for start in range(0, len(message + END) + 1, size):
+                ends[1].sendall((b"I" + message + END)[start : start + size])
+
+    threading.Thread(target=trickle).start()
+    found = []
+    for _ in sent:
+        assert messages.retrieve(ends[0], 1) == b"I"
+        found.append(messages.inference(ends[0]))
+    ids = [[bytes(each["requestId"]).decode() for each in requests] for requests in found]
+    assert ids == [["a", "b"]] * 4 + [["a", "b", "c"], ["a", "b"], ["b"], []]
+    repeated = [each for requests in found[2:4] for each in requests]
+    assert not any(each["parameters"] for each in repeated)
+    assert size < 100 or not any(each["headers"] for each in repeated), "what came in pieces is read anew"
+    assert found[4][2] == by_torchserve(third + END)[0]
+    assert messages._kept == b""
+
+
 def test_a_frontend_that_is_gone_ends_the_worker(ends: tuple) -> None:
     ends[1].sendall(request("a")[:-3])
     ends[1].close()
