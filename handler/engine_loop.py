@@ -39,12 +39,6 @@ class EngineLoop(threading.Thread):
             self._owners
         )
 
-    @property
-    def step_left_s(self) -> float:
-        """How much longer the present step takes if it is like the last one; negative when it is overdue."""
-        began = self._step_began
-        return self.step_s if began is None else began + self.step_s - time.monotonic()
-
     def start(self) -> None:
         """Start the engine's thread and the one that watches it."""
         super().start()

@@ -174,14 +174,13 @@ class LlamaHandler(BaseHandler):
     def _patience(self) -> float:
         """How long to wait for news.
 
-        Each call costs the frontend and this process work on every running request, so there are few: one for a step's
-        news, and one before the next step is planned, as whoever comes meanwhile may join it if a slot is free.
+        Each call costs the frontend and this process work on every running request. While a slot is free there are some
+        in every step, as whoever comes waits for the next one; else the step's news are soon enough.
         """
         engine, longest = self.engine, self.settings.poll_sec
         if engine.running + engine.waiting >= engine.limits.max_batch_size:
             return longest
-        step, left = self._loop.step_s, self._loop.step_left_s
-        return min(longest, max(LEAST_WAIT_S, left - step / 4 if left > step / 3 else step / 2))
+        return min(longest, max(LEAST_WAIT_S, self._loop.step_s / 4))
 
     def _take(self, request_id: str, row: dict[str, Any], ctx: Any, place: int) -> Reply | None:
         """Start a new request; what needs no engine, or is refused, is answered at once."""

@@ -350,8 +350,8 @@ def test_a_frontend_that_stalled_gets_every_answer_as_if_nothing_had_happened(
         assert by_choice(job) == by_choice(undisturbed)
 
 
-@pytest.mark.parametrize(("running", "least", "most"), [(1, 1.5, 2.6), (SLOTS, 0.9, 1.6)])
-def test_a_step_takes_few_calls_and_one_before_its_end_only_if_somebody_could_join(
+@pytest.mark.parametrize(("running", "least", "most"), [(1, 2.5, 5.5), (SLOTS, 0.9, 1.6)])
+def test_a_step_takes_few_calls_and_most_of_them_only_if_somebody_could_join(
     frontend: FakeFrontend, monkeypatch: pytest.MonkeyPatch, running: int, least: float, most: float
 ) -> None:
     engine, jobs = frontend.handler.engine, [frontend.post(LONG) for _ in range(running)]
