@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -272,7 +271,7 @@ class Engine:
             drawn.append(_Row(sequence, segment.slot, at, draft, len(draft)))
         if tokens is None:
             return outputs + self._draw(drawn, logits_RV, finite)
-        return outputs + self._advance([each.sequence for each in drawn], [tokens[each.row] for each in drawn])
+        return outputs + self._advance([each.sequence for each in drawn], [tokens[each.row] for each in drawn], {})
 
     def _draw(self, drawn: list[_Row], logits_RV: Tensor, finite: list[bool]) -> list[Output]:
         """A token from each row, and from the next row of a sequence for as long as its draft says what is drawn.
@@ -323,9 +322,7 @@ class Engine:
         return self._advance(sequences, tokens, by_row)
 
     @staticmethod
-    def _advance(
-        sequences: list[Sequence], tokens: list[int], logprobs: Mapping[int, TokenLogprobs] = MappingProxyType({})
-    ) -> list[Output]:
+    def _advance(sequences: list[Sequence], tokens: list[int], logprobs: dict[int, TokenLogprobs]) -> list[Output]:
         for sequence, token in zip(sequences, tokens, strict=True):
             sequence.append(token)
         pairs = enumerate(zip(sequences, tokens, strict=True))

@@ -23,7 +23,7 @@ class Chosen:
 
     def __init__(self, logits_RV: Tensor, sequences: Ordered[Sequence]) -> None:
         self.tokens_R = _choose(logits_RV, sequences)
-        told_R = torch.where(logits_RV.sum(-1).isfinite(), self.tokens_R, NOT_FINITE)
+        told_R = torch.where(_finite(logits_RV), self.tokens_R, NOT_FINITE)
         self._arrived = None
         if told_R.is_cuda:
             self._told_R = torch.empty(told_R.shape, dtype=told_R.dtype, pin_memory=True)
@@ -175,4 +175,8 @@ def token_logprobs(logits_RV: Tensor, tokens: Ordered[int], tops: Ordered[int]) 
 
 def finite_rows(logits_RV: Tensor) -> list[bool]:
     """Which rows hold numbers only: an overflow in half precision must end its own sequence and no other."""
-    return logits_RV.sum(-1).isfinite().tolist()
+    return _finite(logits_RV).tolist()
+
+
+def _finite(logits_RV: Tensor) -> Tensor:
+    return logits_RV.sum(-1).isfinite()

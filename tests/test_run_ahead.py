@@ -137,6 +137,17 @@ def test_who_comes_waits_for_the_launched_step_only(counting: type[Counting]) ->
     assert newcomer.generated == 1 and counting.launched > 3
 
 
+def test_the_pace_learns_from_launched_steps_that_nothing_was_beside_the_tokens(
+    counting: type[Counting], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, learnt = ahead_of(slots=2), []
+    monkeypatch.setattr(engine._scheduler._pace, "learn", lambda *told: learnt.append((*told[:2], told[3])))
+    params = SamplingParams(max_tokens=4, temperature=0.0)
+    for each in [engine.add([1, 2, 3], params), engine.add([4, 5], params)]:
+        finish(engine, each)
+    assert learnt == [(0, 5, True)] + [(2, 0, True)] * 3 and counting.launched == 3
+
+
 def test_a_launched_step_that_overflows_ends_its_own_sequence(counting: type[Counting]) -> None:
     weights = random_weights(TINY, seed=11)
     weights["tok_embeddings.weight"][13] = float("inf")

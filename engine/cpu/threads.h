@@ -84,8 +84,8 @@ class Team {
     static constexpr int COUNTERS = 16;
     static constexpr uint64_t SPINNING = 200'000;  // the clock's ticks: some fifty microseconds
 
-    // Until `value` is not `old`. Who waits for longer sleeps: a thread that was pushed off its core by another program
-    // then finds this one free, which a thread that only yields would keep.
+    // Until `value` is not `old`. Who waits for longer sleeps: another program, which may have pushed the thread that is
+    // waited for off its core, then finds this one free, which a thread that only yields would keep.
     template <typename T>
     static void await(const std::atomic<T>& value, T old) {
         for (const uint64_t began = __rdtsc(); __rdtsc() - began < SPINNING; _mm_pause())
