@@ -212,11 +212,8 @@ static inline void prepare(const Activations& a, int64_t token, const Matrix& w)
 
 // --- products: M tokens, P panels ---
 
-// With several tokens the CPU alone does not look far enough ahead for weights to come while others are multiplied.
-template <int M>
-static inline void ahead(const char* p) {
-    if constexpr (M > 2) _mm_prefetch(p + AHEAD, _MM_HINT_T0);
-}
+// The CPU alone does not look far enough ahead for weights to come while others are multiplied.
+static inline void ahead(const char* p) { _mm_prefetch(p + AHEAD, _MM_HINT_T0); }
 
 static inline void put(float* y, Floats v, bool add) { store(y, add ? load(y) + v : v); }
 
@@ -225,14 +222,21 @@ template <int KIND, int M, int P>
 static inline void columns_of(const char* const* p, const float* const* x, int64_t k, Floats (&sums)[M][P]) {
     if constexpr (KIND == BFLOAT16) {
         Floats first[P], second[P];
-        UNROLL for (int i = 0; i < P; i++) load_pairs(p[i] + k * PANEL * 2, first[i], second[i]);
+        UNROLL for (int i = 0; i < P; i++) {
+            load_pairs(p[i] + k * PANEL * 2, first[i], second[i]);
+            ahead(p[i] + k * PANEL * 2);
+        }
         UNROLL for (int m = 0; m < M; m++) {
             UNROLL for (int i = 0; i < P; i++) sums[m][i] = fused(first[i], all(x[m][k]), sums[m][i]);
             UNROLL for (int i = 0; i < P; i++) sums[m][i] = fused(second[i], all(x[m][k + 1]), sums[m][i]);
         }
     } else {
         Floats column[P];
-        UNROLL for (int i = 0; i < P; i++) column[i] = load_as<KIND>(p[i] + k * PANEL * (KIND == FLOAT32 ? 4 : 2));
+        UNROLL for (int i = 0; i < P; i++) {
+            const char* place = p[i] + k * PANEL * (KIND == FLOAT32 ? 4 : 2);
+            column[i] = load_as<KIND>(place);
+            ahead(place);
+        }
         UNROLL for (int m = 0; m < M; m++)
             UNROLL for (int i = 0; i < P; i++) sums[m][i] = fused(column[i], all(x[m][k]), sums[m][i]);
     }
@@ -251,7 +255,7 @@ static void float_tile(const Matrix& w, const Activations& a, const int64_t* tok
             __m512i column[P];
             UNROLL for (int i = 0; i < P; i++) {
                 column[i] = _mm512_loadu_si512(p[i] + k * PANEL * 2);
-                ahead<M>(p[i] + k * PANEL * 2);
+                ahead(p[i] + k * PANEL * 2);
             }
             UNROLL for (int m = 0; m < M; m++) {
                 int32_t pair;
@@ -288,7 +292,7 @@ static void whole_tile(const Matrix& w, const Activations& a, const int64_t* tok
             Bytes v[P], more[P];
             UNROLL for (int i = 0; i < P; i++) {
                 v[i] = load_bytes(p[i]);
-                ahead<M>(p[i]);
+                ahead(p[i]);
                 p[i] += 64;
                 if constexpr (KIND == INT4) more[i] = high_halves(v[i]), v[i] = low_halves(v[i]);
             }
