@@ -29,10 +29,17 @@ LENGTH = 160
 MODELS = {
     "GQA": TINY,
     "odd sizes": ModelArgs(
-        dim=100, n_layers=3, n_heads=5, n_kv_heads=5, head_dim=20, vocab_size=77, ffn_hidden_dim=130, max_seq_len=LENGTH
+        dim=100,
+        n_layers=3,
+        n_heads=10,
+        n_kv_heads=2,
+        head_dim=20,
+        vocab_size=77,
+        ffn_hidden_dim=130,
+        max_seq_len=LENGTH,
     ),
     "tied, one KV head, wide heads": ModelArgs(
-        dim=256, n_layers=2, n_heads=4, n_kv_heads=1, vocab_size=300, multiple_of=32, tie_embeddings=True
+        dim=384, n_layers=2, n_heads=6, n_kv_heads=1, vocab_size=300, multiple_of=32, tie_embeddings=True
     ),
 }
 # Every kind of CPU that the kernels are compiled for differently, as far as this one can play it.

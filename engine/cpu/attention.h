@@ -102,33 +102,47 @@ static inline Floats sums_of(const Floats (&x)[LANES]) {
 }
 #endif
 
-// scores[t] = q . key[t] for sixteen keys; `pairs` is q in bfloat16.
-template <int KIND>
-static inline Floats score_sixteen(const float* q, const Word* pairs, const char* const* key, int64_t width) {
+// scores[g][t] = scale q[g] . key[t] for G heads and 16 / G keys; `pairs` is q in bfloat16, `words` apart.
+template <int KIND, int G>
+static inline void score(const float* q, const Word* pairs, int64_t words, const char* key, int64_t width, float scale,
+                         float* scores, int64_t stride) {
+    constexpr int T = LANES / G, FOUR = 4;  // keys, and how many of their addresses fit into registers
     constexpr int64_t SIZE = KIND == FLOAT32 ? 4 : 2;
     Floats sums[LANES];
-    UNROLL for (int t = 0; t < LANES; t++) sums[t] = zeros();
-    int64_t h = 0;
-#ifdef PAIRS
-    if constexpr (PAIRED<KIND>)
-        for (; h + 2 * LANES <= width; h += 2 * LANES) {
-            const __m512i v = _mm512_loadu_si512(pairs + h / 2);
-            UNROLL for (int t = 0; t < LANES; t++)
-                sums[t].v = add_pairs(sums[t].v, _mm512_loadu_si512(key[t] + h * 2), v);
+    UNROLL for (int first = 0; first < T; first += FOUR) {
+        Floats some[G][FOUR];
+        const char* k[FOUR];
+        UNROLL for (int t = 0; t < FOUR; t++) {
+            k[t] = key + (first + t) * width * SIZE;
+            UNROLL for (int g = 0; g < G; g++) some[g][t] = zeros();
         }
+        int64_t h = 0;
+#ifdef PAIRS
+        if constexpr (PAIRED<KIND>)
+            for (; h + 2 * LANES <= width; h += 2 * LANES)
+                UNROLL for (int t = 0; t < FOUR; t++) {
+                    const __m512i v = _mm512_loadu_si512(k[t] + h * 2);
+                    UNROLL for (int g = 0; g < G; g++)
+                        some[g][t].v = add_pairs(some[g][t].v, v, _mm512_loadu_si512(pairs + g * words + h / 2));
+                }
 #endif
-    for (; h + LANES <= width; h += LANES) {
-        const Floats v = load(q + h);
-        UNROLL for (int t = 0; t < LANES; t++) sums[t] = fused(load_as<KIND>(key[t] + h * SIZE), v, sums[t]);
+        for (; h + LANES <= width; h += LANES)
+            UNROLL for (int t = 0; t < FOUR; t++) {
+                const Floats v = load_as<KIND>(k[t] + h * SIZE);
+                UNROLL for (int g = 0; g < G; g++) some[g][t] = fused(v, load(q + g * width + h), some[g][t]);
+            }
+        UNROLL for (int g = 0; g < G; g++)
+            UNROLL for (int t = 0; t < FOUR; t++) sums[g * T + first + t] = some[g][t];
     }
-    Floats result = sums_of(sums);
-    if (h < width) {
-        float rest[LANES] = {};
-        for (int t = 0; t < LANES; t++)
-            for (int64_t i = h; i < width; i++) rest[t] += q[i] * load_one(KIND, key[t] + i * SIZE);
-        result = result + load(rest);
+    float result[LANES];
+    store(result, sums_of(sums));
+    for (int i = 0; i < LANES; i++) {
+        const float* const left = q + i / T * width;
+        for (int64_t h = width / LANES * LANES; h < width; h++)
+            result[i] += left[h] * load_one(KIND, key + (i % T * width + h) * SIZE);
     }
-    return result;
+    store(result, load(result) * all(scale));
+    UNROLL for (int g = 0; g < G; g++) std::memcpy(scores + g * stride, result + g * T, T * sizeof(float));
 }
 
 // out[g][0 .. 16 C) = the sum over t of p[g][t] values[t][0 .. 16 C), for G heads.
@@ -179,17 +193,32 @@ static void attend_single_of(const Cache& cache, int64_t slot, int64_t head, int
     if constexpr (PAIRED<KIND>)
         for (int64_t g = 0; g < group; g++)
             store_as(BFLOAT16, reinterpret_cast<char*>(pairs + g * words), queries + g * width, width);
+#ifdef WIDE
+    const int64_t fours = group / 4 * 4;
+#else
+    const int64_t fours = 0;  // sixteen sums would not stay in registers
+#endif
     for (int64_t t = 0; t < count; t += LANES) {
-        const char* key[LANES];  // the last one again where there are fewer
-        for (int i = 0; i < LANES; i++) key[i] = keys + std::min(t + i, position) * width * size;
-        // Keys that come soon, and the values that these ones' weights are for.
-        for (int64_t line = 0; line < LANES * width * size; line += 64) {
-            _mm_prefetch(keys + (t + 2 * LANES) * width * size + line, _MM_HINT_T0);
-            _mm_prefetch(values + t * width * size + line, _MM_HINT_T1);
+        const int64_t step = width * size;
+        const char* key = keys + t * step;
+        if (count - t < LANES) {  // nobody reads behind the last one
+            std::memcpy(scratch.keys.data(), key, (count - t) * step);
+            key = reinterpret_cast<const char*>(scratch.keys.data());
         }
-        for (int64_t g = 0; g < group; g++)
-            store(scores + g * padded + t,
-                  score_sixteen<KIND>(queries + g * width, pairs + g * words, key, width) * all(scale));
+        for (int64_t i = 0; i < LANES; i += 4) {
+            // Keys that come soon, and the values that these ones' weights are for: a few at a time, for many at once
+            // would keep what is needed now waiting.
+            for (int64_t line = (t + i) * step; line < (t + i + 4) * step; line += 64) {
+                _mm_prefetch(keys + 2 * LANES * step + line, _MM_HINT_T0);
+                _mm_prefetch(values + line, _MM_HINT_T1);
+            }
+            for (int64_t g = 0; g < fours; g += 4)
+                score<KIND, 4>(queries + g * width, pairs + g * words, words, key + i * step, width, scale,
+                               scores + g * padded + t + i, padded);
+        }
+        for (int64_t g = fours; g < group; g++)
+            score<KIND, 1>(queries + g * width, pairs + g * words, words, key, width, scale, scores + g * padded + t,
+                           padded);
     }
     for (int64_t g = 0; g < group; g++) {
         float* const p = scores + g * padded;
