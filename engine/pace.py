@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import deque
 
 # A step with further tokens may take this many times as long as one without: between two tokens of a stream then
-# passes the time of two and a half, and of three if the estimate is off by a third.
-STRETCH = 2.5
+# passes the time of two, and of three only if the estimate is off by as much as it allows.
+STRETCH = 2.0
 # What a step always may take, so that prompts get on whatever was measured.
 LEAST = 4
 # Where nothing was measured yet, and from where allowances grow, at most twofold from step to step.

@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass
+from itertools import islice
 from typing import Protocol
 
 from engine.pace import Pace
@@ -107,6 +108,7 @@ class Scheduler:
         self._pace = pace or Pace(max_tokens_per_step)
         self._draft_tokens = draft_tokens
         self._last: tuple[int, int, bool] = (0, 0, True)
+        self._crowd: Sequence | None = None  # the last of those whose prompts go before everything else
         self._scrub: list[tuple[int, int]] = []
         self._copies: list[Copy] = []
 
@@ -121,8 +123,7 @@ class Scheduler:
         singles = sorted((s for s in self.running if s.pending == 1), key=lambda s: s.slot)
         chosen: list[tuple[Sequence, Segment]] = []
         prompts = [sequence for sequence in self.running if sequence.pending > 1]
-        coming = len(prompts) + min(len(self.waiting), self._capacity.free)
-        spared = 0 if self._pace.lets_prompts_first(len(singles), coming) else len(singles)
+        spared = 0 if self._crowded(len(singles), prompts) else len(singles)
         budget = self._pace.allowance(spared, self._max_tokens - len(singles))
         least = min(2, budget)
         for sequence in prompts + list(self.waiting):
@@ -179,6 +180,16 @@ class Scheduler:
     def scrub(self, slot: int, start: int = 0) -> None:
         """Have a slot cleared before the next step: what is not finite in it could leak into what comes there."""
         self._scrub.append((slot, start))
+
+    def _crowded(self, running: int, prompts: list[Sequence]) -> bool:
+        """Whether prompts go first: from when a crowd waits for first tokens until the last of it has its own.
+
+        Those of it who have theirs would else be spared, and hold up the others, with whom they came.
+        """
+        coming = prompts + list(islice(self.waiting, self._capacity.free))
+        if self._pace.lets_prompts_first(running, len(coming)):
+            self._crowd = coming[-1]
+        return any(sequence is self._crowd for sequence in coming)
 
     def _admit(self) -> bool:
         sequence = self.waiting[0]

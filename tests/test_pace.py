@@ -54,7 +54,7 @@ def test_a_step_takes_no_more_than_three_times_as_long_for_a_prompt(
         for _ in range(3):
             machine.step(running, 0)
     if not hiccups and each < 0.1:
-        assert machine.stretch(running, taken[-1]) > 2 or taken[-1] > MOST - 50, "it is not more careful than need be"
+        assert machine.stretch(running, taken[-1] + 1) > 1.7 or taken[-1] > MOST - 50, "it is not more careful than need be"
 
 
 @MACHINES
@@ -97,7 +97,7 @@ def test_a_step_that_nothing_waited_for_is_counted_with_the_next() -> None:
         pace.learn(1, 0, 1.0)
     pace.learn(0, 500, 0.001, finished=False)
     pace.learn(0, 100, 59.999)
-    assert pace.allowance(1, MOST) == 15
+    assert pace.allowance(1, MOST) == 10
 
 
 def test_running_sequences_decode_in_steps_that_are_kept_free_of_prompts() -> None:
@@ -119,23 +119,27 @@ def test_running_sequences_decode_in_steps_that_are_kept_free_of_prompts() -> No
     assert sizes == [[1, LEAST]] * 6
 
 
-def test_a_crowd_that_waits_for_first_tokens_goes_before_the_few_that_run() -> None:
-    # The second step measures what one without a prompt takes, as it does for anybody.
-    for pace, taken in ((Pace(), [63, 0]), (Pace(10), [10, 10])):
-        s = Scheduler(SlotPool(4), 64, pace)
-        first = Sequence([1, 2, 3], SamplingParams())
-        first.limit = 1000
-        s.add(first)
-        s.next()
-        first.computed = 3
-        first.append(0)
-        for _ in range(2):
-            s.add(Sequence(list(range(40)), SamplingParams()))
+def test_a_crowd_that_waits_for_first_tokens_goes_before_the_few_that_run_until_it_has_them() -> None:
+    # The second step computes what is left of the crowd's last prompt; the newcomer of then waits for what one without a
+    # prompt takes to be measured, as anybody does.
+    for pace, taken in ((Pace(), [63, 17, 0]), (Pace(10), [10, 10, 10])):
+        s = Scheduler(SlotPool(5), 64, pace)
+
+        def come(length: int, s: Scheduler = s) -> Sequence:
+            sequence = Sequence(list(range(length)), SamplingParams())
+            sequence.limit = 1000
+            s.add(sequence)
+            return sequence
+
+        come(3)
         got = []
-        for _ in range(2):
+        for comes in ((), (40, 40), (), (20,)):
+            for length in comes:
+                come(length)
             plan, sequences = s.next()
-            got.append(sum(len(segment.tokens) for segment in plan.segments) - 1)
+            got.append(sum(len(segment.tokens) for segment in plan.segments if len(segment.tokens) > 1))
             for segment, each in zip(plan.segments, sequences, strict=True):
                 each.computed += len(segment.tokens)
-            first.append(0)
-        assert got == taken
+                if not each.pending:
+                    each.append(0)
+        assert got == [3, *taken]
