@@ -54,7 +54,9 @@ def test_a_step_takes_no_more_than_three_times_as_long_for_a_prompt(
         for _ in range(3):
             machine.step(running, 0)
     if not hiccups and each < 0.1:
-        assert machine.stretch(running, taken[-1] + 1) > 1.7 or taken[-1] > MOST - 50, "it is not more careful than need be"
+        assert machine.stretch(running, taken[-1] + 1) > 1.7 or taken[-1] > MOST - 50, (
+            "it is not more careful than need be"
+        )
 
 
 @MACHINES
@@ -120,8 +122,8 @@ def test_running_sequences_decode_in_steps_that_are_kept_free_of_prompts() -> No
 
 
 def test_a_crowd_that_waits_for_first_tokens_goes_before_the_few_that_run_until_it_has_them() -> None:
-    # The second step computes what is left of the crowd's last prompt; the newcomer of then waits for what one without a
-    # prompt takes to be measured, as anybody does.
+    # The third step computes what is left of the crowd's last prompt; who comes after it waits until it was measured
+    # what a step without a prompt takes, as anybody does.
     for pace, taken in ((Pace(), [63, 17, 0]), (Pace(10), [10, 10, 10])):
         s = Scheduler(SlotPool(5), 64, pace)
 
