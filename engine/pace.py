@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 
 # A step with further tokens may take this many times as long as one without: between two tokens of a stream then
-# passes the time of two, and of three only if the estimate is off by as much as it allows.
+# passes the time of two, and of three if its further tokens take twice as long as was estimated.
 STRETCH = 2.0
 # What a step always may take, so that prompts get on whatever was measured.
 LEAST = 4

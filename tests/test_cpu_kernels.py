@@ -7,6 +7,7 @@ import os
 import random
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,15 +29,9 @@ from quant import SCHEMES
 LENGTH = 160
 MODELS = {
     "GQA": TINY,
+    "MHA": replace(TINY, n_kv_heads=TINY.n_heads),
     "odd sizes": ModelArgs(
-        dim=100,
-        n_layers=3,
-        n_heads=10,
-        n_kv_heads=2,
-        head_dim=20,
-        vocab_size=77,
-        ffn_hidden_dim=130,
-        max_seq_len=LENGTH,
+        dim=100, n_layers=3, n_heads=5, n_kv_heads=1, head_dim=20, vocab_size=77, ffn_hidden_dim=130, max_seq_len=LENGTH
     ),
     "tied, one KV head, wide heads": ModelArgs(
         dim=384, n_layers=2, n_heads=6, n_kv_heads=1, vocab_size=300, multiple_of=32, tie_embeddings=True
