@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-QUANTIZATIONS = ("none", "int8", "int4", "int4-128")
+QUANTIZATIONS = ("none", "int8", "int4", "int4-128", "fp8")
 KERNELS = ("auto", "native", "torch")
 SPECULATIONS = ("none", "prompt_lookup")
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from engine.checkpoint import Checkpoint, read_tensors
 from engine.config import ConfigError, DeviceError, EngineConfig
 from engine.cpu.library import MOST_HEADS_PER_KEY, NoKernels, load
+from engine.gpu.linear import NoProducts, QuantizedLinear, check_products
 from engine.kv_cache import KVCache
 from engine.parallel import Ranks
 from engine.scheduler import MAX_PROMPT_LOGIT_ROWS
-from llama2 import ModelArgs, Transformer, localize, parallelize, tensor_parallel_mesh_shape
+from llama2 import ModelArgs, RowwiseLinear, Transformer, localize, parallelize, tensor_parallel_mesh_shape
 from quant import SCHEMES, Scheme
 
 log = logging.getLogger(__name__)
@@ -36,6 +39,8 @@ class Limits:
     quantization: str = "none"
     native: bool = False
     """Whether the CPU's own kernels compute the steps."""
+    packed: bool = False
+    """Whether quantized weights are kept as such on a GPU; otherwise PyTorch computes with what they stand for."""
     prefix_reuse: bool = True
     prefill_beside_decode: int | None = None
     """Tokens of prompts in a step that others decode in; None learns it."""
@@ -63,12 +68,15 @@ class Limits:
             )
         dtype = choose_dtype(config.dtype, args, device)
         length = config.max_seq_len or args.max_seq_len
-        native = choose_native(config.kernels, args, device)
+        native = choose_native(config, args, device)
+        ours = device.startswith("cuda") and config.kernels != "torch"
+        packed = ours and choose_packed(config.quantization, device, dtype)
         sizes = (length, slots, config.max_tokens_per_step)
         drafts = 0 if config.speculation == "none" else config.max_draft_tokens
         beside = None if config.prefill_beside_decode == "auto" else config.prefill_beside_decode
         graphs = config.cuda_graphs and device.startswith("cuda")
-        return cls(*sizes, dtype, config.quantization, native, config.prefix_reuse, beside, drafts, graphs)
+        kernels = (native, packed)
+        return cls(*sizes, dtype, config.quantization, *kernels, config.prefix_reuse, beside, drafts, graphs)
 
 
 @dataclass(frozen=True)
@@ -94,8 +102,9 @@ def choose_dtype(name: str, args: ModelArgs, device: str) -> torch.dtype:
     return torch.float32 if 4 * args.parameter_count() <= FLOAT32_LIMIT_BYTES else torch.bfloat16
 
 
-def choose_native(kernels: str, args: ModelArgs, device: str) -> bool:
+def choose_native(config: EngineConfig, args: ModelArgs, device: str) -> bool:
     """Whether to use the CPU's own kernels: always if this machine can have them, unless PyTorch's are asked for."""
+    kernels = config.kernels
     if kernels == "torch" or device != "cpu":
         if kernels == "native":
             raise ConfigError(f"kernels is 'native', but those are for the CPU and device is {device!r}; use 'auto'")
@@ -103,11 +112,25 @@ def choose_native(kernels: str, args: ModelArgs, device: str) -> bool:
     try:
         if args.n_heads // args.n_kv_heads > MOST_HEADS_PER_KEY:
             raise NoKernels(f"more than {MOST_HEADS_PER_KEY} heads share a key/value head")
+        if config.quantization == "fp8":
+            raise NoKernels("fp8 is for GPUs; int8 is as small and more exact")
         load()
     except NoKernels as reason:
         if kernels == "native":
             raise ConfigError(f"kernels is 'native', but they cannot be had: {reason}; use 'auto' or 'torch'") from None
         log.warning("PyTorch's kernels are used, which are slower, because %s", reason)
+        return False
+    return True
+
+
+def choose_packed(quantization: str, device: str, dtype: torch.dtype) -> bool:
+    """Whether quantized weights stay quantized on a GPU: if its kernels work."""
+    if quantization == "none":
+        return False
+    try:
+        check_products(device, SCHEMES[quantization], dtype)
+    except NoProducts as reason:
+        log.warning("quantization saves no memory and no time here, because %s", reason)
         return False
     return True
 
@@ -147,7 +170,9 @@ def memory_need(args: ModelArgs, limits: Limits, ranks: int) -> MemoryNeed:
 
 def _bytes_per_weight(name: str, shape: tuple[int, ...], args: ModelArgs, limits: Limits) -> float:
     scheme, table = limits.scheme, name.startswith("tok_embeddings")
-    if scheme is None or not limits.native or len(shape) < 2 or (table and not args.tie_embeddings):
+    if scheme is None or not (limits.native or limits.packed) or len(shape) < 2:
+        return limits.dtype.itemsize
+    if table and not (args.tie_embeddings and limits.native):
         return limits.dtype.itemsize
     if table or name.startswith("output"):
         scheme = SCHEMES["int8"]
@@ -202,11 +227,18 @@ def _gib(size: int) -> str:
 def load_model(checkpoint: Checkpoint, limits: Limits, ranks: Ranks) -> Transformer:
     """This rank's share of the weights, in the wanted dtype, on its device."""
     model = lay_out(checkpoint.args, limits, ranks)
-    fill(model, "", checkpoint, ranks.device)
+    return fill_in(model, limits, ranks, lambda module, prefix: fill(module, prefix, checkpoint, ranks.device))
+
+
+def fill_in(model: Transformer, limits: Limits, ranks: Ranks, fill: Callable[[nn.Module, str], None]) -> Transformer:
+    """Have `fill` put weights where so far there are only shapes, part by part, each of which is quantized at once."""
+    parts = [f"layers.{number}" for number in range(len(model.layers))] + ["tok_embeddings", "norm"]
+    for name in parts + ["output"] * (model.output is not None):
+        fill(model.get_submodule(name), f"{name}.")
+        if limits.scheme is not None:
+            _quantize(model, name, limits, ranks)
     if ranks.tp is not None:
         localize(model, ranks.tp)
-    if limits.scheme is not None:
-        _round_to(model, limits.scheme)
     model.set_rope(torch.device(ranks.device))
     return model.eval()
 
@@ -227,12 +259,22 @@ def fill(module: nn.Module, prefix: str, checkpoint: Checkpoint, device: str) ->
     read_tensors(checkpoint, {prefix + name: tensor for name, tensor in module.state_dict().items()})
 
 
-def _round_to(model: Transformer, scheme: Scheme) -> None:
-    """Give the layers the numbers that quantization leaves of them; PyTorch computes with them in their old dtype."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and scheme.fits(module.weight.shape[1]):
-            chosen = SCHEMES["int8"] if name == "output" else scheme
-            module.weight.copy_(chosen.quantize(module.weight).dequantize())
+def _quantize(model: Transformer, part: str, limits: Limits, ranks: Ranks) -> None:
+    """Quantize a part's matrices; where there is no kernel for that, they get the numbers that it leaves of them."""
+    for name, module in list(model.get_submodule(part).named_modules(prefix=part)):
+        if not isinstance(module, nn.Linear):
+            continue
+        weight = module.weight.to_local() if isinstance(module.weight, DTensor) else module.weight
+        # The largest matrix of small models, and the one that errors show most in: never below 8 bits.
+        scheme = SCHEMES["int8"] if name == "output" and limits.scheme.bits < 8 else limits.scheme
+        if not scheme.fits(weight.shape[1]):
+            continue
+        quantized = scheme.quantize(weight)
+        if limits.packed:
+            group = ranks.tp.get_group() if ranks.tp is not None and isinstance(module, RowwiseLinear) else None
+            model.set_submodule(name, QuantizedLinear(quantized, group))
+        else:
+            weight.copy_(quantized.dequantize())
 
 
 def choose_threads(args: ModelArgs, local_ranks: int) -> int:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import signal
 
 import torch
 
 # Two test processes run at once, and tiny tensors gain nothing from more threads.
 torch.set_num_threads(1)
+
+# Triton's kernels are interpreted where there is no GPU. It must be told before anything imports it.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # A shell starts what it runs in the background with interrupts ignored, and so would every program under test be.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -77,6 +77,7 @@ def exact(checkpoint: Path) -> float:
         ({"quantization": "int8"}, 0.97, 1.01),
         ({"quantization": "int4"}, 0.9, 1.1),
         ({"quantization": "int4-128"}, 0.9, 1.1),
+        ({"quantization": "fp8", "kernels": "torch"}, 0.97, 1.02),
     ],
 )
 def test_other_kernels_and_rounded_weights_answer_nearly_as_well(

@@ -10,14 +10,15 @@ import torch
 from quant import SCHEMES
 
 WEIGHT = torch.randn(24, 384, generator=torch.Generator().manual_seed(3))
-# Half a step of a scale that follows the row's or the group's largest weight; int4's goes from -8 to 7 of them.
-STEP = {"int8": 0.5 / 127, "int4": 1 / 8, "int4-128": 1 / 8}
+# Half a step of a scale that follows the row's or the group's largest weight; int4's goes from -8 to 7 of them, and
+# fp8's steps below the largest number, 448, are 32 wide.
+STEP = {"int8": 0.5 / 127, "int4": 1 / 8, "int4-128": 1 / 8, "fp8": 16 / 448}
 
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_no_weight_moves_further_than_its_scale_allows(name: str) -> None:
     back = SCHEMES[name].quantize(WEIGHT).dequantize()
-    columns = {"int8": 384, "int4": 32, "int4-128": 128}[name]
+    columns = {"int4": 32, "int4-128": 128}.get(name, 384)
     largest = WEIGHT.unflatten(1, (-1, columns)).abs().amax(2, keepdim=True)
     error = (back - WEIGHT).unflatten(1, (-1, columns)).abs()
     assert (error <= largest * STEP[name] * 1.01).all()

@@ -14,7 +14,7 @@ from torch import nn
 from engine.config import ConfigError, EngineConfig
 from engine.cpu.runner import CpuRunner
 from engine.engine import Engine
-from engine.loader import Limits, choose_threads, lay_out, memory_need, preflight
+from engine.loader import Limits, choose_threads, fill_in, lay_out, memory_need, preflight
 from engine.parallel import Launch, Ranks, choose_device
 from engine.runner import Runner, leave_threads_to_kernels
 from engine.sequence import SamplingParams, Sequence
@@ -30,6 +30,7 @@ WEIGHTS = {
     "int8": ("bfloat16", "int8"),
     "int4": ("bfloat16", "int4"),
     "int4-128": ("bfloat16", "int4-128"),
+    "fp8": ("bfloat16", "fp8"),
 }
 TOKENS_PER_STEP = 512
 _NOISE = 1 << 22
@@ -130,11 +131,9 @@ def random_engine(args: ModelArgs, config: EngineConfig) -> Engine:
         runner = CpuRunner(model, limits, None, fill)
         leave_threads_to_kernels()
         return Engine(runner, limits, ranks, args.vocab_size)
-    if limits.scheme is not None:
-        raise ConfigError(f"quantization is {config.quantization!r}; without the CPU's kernels only 'none' is measured")
-    fill(model, "")
-    model.set_rope(torch.device(device))
-    return Engine(Runner(model.eval(), limits, device, 1), limits, ranks, args.vocab_size)
+    if limits.scheme is not None and not limits.packed:
+        raise ConfigError(f"quantization is {config.quantization!r}; without kernels for it only 'none' is measured")
+    return Engine(Runner(fill_in(model, limits, ranks, fill), limits, device, 1), limits, ranks, args.vocab_size)
 
 
 @dataclass(frozen=True)

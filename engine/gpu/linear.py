@@ -1,0 +1,83 @@
+"""Linear layers that keep their weights quantized on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from quant import Quantized, Scheme
+from quant.int4 import Int4
+
+# What a GPU needs at least: Ampere's tensor cores, and for fp8 instructions that read it.
+_CAPABILITY, _CAPABILITY_FP8 = (8, 0), (8, 9)
+
+
+class NoProducts(Exception):
+    """This machine cannot multiply with weights that stay quantized; the message says why."""
+
+
+class QuantizedLinear(nn.Module):
+    """A weight as numbers and scales, in the layout of `engine.gpu.product`."""
+
+    def __init__(self, quantized: Quantized, group: dist.ProcessGroup | None = None) -> None:
+        """With a process group, inputs are spread over its ranks and the partial products are summed."""
+        super().__init__()
+        scheme = quantized.scheme
+        self._product, self._group = _product(), group
+        self._columns_per_scale = scheme.group if isinstance(scheme, Int4) else None
+        numbers, scales = quantized.numbers, quantized.scales
+        if isinstance(scheme, Int4):
+            numbers, scales = _pair(numbers, scales, scheme.group)
+        self.register_buffer("numbers", numbers.contiguous(), persistent=False)
+        self.register_buffer("scales", scales.contiguous(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self._product(x, self.numbers, self.scales, self._columns_per_scale)
+        if self._group is not None:
+            dist.all_reduce(y, group=self._group)
+        return y
+
+
+def _product() -> Callable[[Tensor, Tensor, Tensor, int | None], Tensor]:
+    from engine.gpu.product import product  # where there is no Triton, this module must be importable all the same
+
+    return product
+
+
+def _pair(numbers: Tensor, scales: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Each byte gets a number of a row's first half and one of its second; an odd last group gets one of zeros."""
+    if scales.shape[1] % 2:
+        numbers, scales = F.pad(numbers, (0, group), value=8), F.pad(scales, (0, 1))
+    first, second = numbers.chunk(2, 1)
+    return first | second << 4, scales
+
+
+def check_products(device: str, scheme: Scheme, dtype: torch.dtype) -> None:
+    """Multiply something small, and raise `NoProducts` if that does not work here or comes out wrong."""
+    try:
+        if device.startswith("cuda"):
+            needed = _CAPABILITY_FP8 if scheme.name == "fp8" else _CAPABILITY
+            found = torch.cuda.get_device_capability(device)
+            if found < needed:
+                numbers = (".".join(map(str, each)) for each in (needed, found))
+                raise NoProducts(
+                    "{} needs a GPU of compute capability {}; this one has {}".format(scheme.name, *numbers)
+                )
+        random = torch.Generator().manual_seed(0)
+        quantized = scheme.quantize(torch.randn(48, 384, generator=random).to(device))
+        layer, weight_t = QuantizedLinear(quantized), quantized.dequantize().t()
+        for tokens in (1, 20, 70):  # one for each share of work
+            x = torch.randn(tokens, 384, generator=random).to(device, dtype)
+            expected = x.float() @ weight_t
+            if not (layer(x).float() - expected).abs().max() <= 0.02 * expected.abs().max():
+                raise NoProducts("its products came out wrong in a test")
+    except ImportError as error:
+        raise NoProducts(f"Triton is not installed: {error}") from error
+    except NoProducts:
+        raise
+    except Exception as error:  # Triton's compiler, the C compiler that it calls, the driver: each has its own kinds
+        raise NoProducts(f"Triton's kernels do not run: {type(error).__name__}: {error}") from error

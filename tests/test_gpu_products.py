@@ -1,0 +1,215 @@
+"""Quantized products for GPUs: computed by Triton's interpreter, and compiled for GPUs that are not here."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny_models import TINY, limits, random_weights
+
+from engine import loader
+from engine.config import EngineConfig
+from engine.gpu import linear
+from engine.gpu.linear import NoProducts, QuantizedLinear, check_products
+from engine.loader import Limits, memory_need
+from engine.parallel import Launch, Ranks
+from engine.runner import Runner
+from engine.scheduler import Segment, StepPlan
+from llama2 import ModelArgs
+from quant import SCHEMES
+
+pytest.importorskip("triton", reason="Triton, which PyTorch for CUDA brings along, is not installed")
+from engine.gpu import product  # noqa: E402
+
+DEVICE = "cuda:0" if torch.cuda.is_available() else "cpu"
+# Without a GPU everything but bfloat16, whose products Triton's interpreter gets wrong.
+DTYPES = (torch.float32, torch.float16) + ((torch.bfloat16,) if torch.cuda.is_available() else ())
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", SCHEMES)
+def test_products_are_those_of_the_numbers_that_the_weights_stand_for(name: str, dtype: torch.dtype) -> None:
+    """Sizes that fill no share of the work, and groups whose number is odd."""
+    random = torch.Generator().manual_seed(1)
+    scheme = SCHEMES[name]
+    for rows, columns in ((5, 128), (40, 384), (130, 256)):
+        quantized = scheme.quantize(torch.randn(rows, columns, generator=random))
+        layer, weight_t = QuantizedLinear(quantized).to(DEVICE), quantized.dequantize().t()
+        for tokens in (1, 3, 16, 17, 65, 130):
+            x = torch.randn(tokens, columns, generator=random).to(dtype)
+            expected, found = x.float() @ weight_t, layer(x.to(DEVICE)).cpu()
+            assert found.dtype == dtype and found.shape == (tokens, rows)
+            assert (found.float() - expected).abs().max() <= TOLERANCE[dtype] * expected.abs().max()
+
+
+def test_a_token_gets_the_same_bits_in_whatever_company_of_its_size() -> None:
+    random = torch.Generator().manual_seed(1)
+    layer = QuantizedLinear(SCHEMES["int4"].quantize(torch.randn(40, 384, generator=random))).to(DEVICE)
+    x = torch.randn(16, 384, generator=random).to(DEVICE)
+    assert torch.equal(layer(x)[:3], layer(x[:3]))
+    strided = torch.randn(3, 500, generator=random).to(DEVICE)[:, :384]
+    assert torch.equal(layer(strided), layer(strided.clone()))
+
+
+def filling(args: ModelArgs) -> Callable[[torch.nn.Module, str], None]:
+    """What puts the same weights every time into a module whose names begin so."""
+    weights = random_weights(args, seed=5)
+
+    def fill(module: torch.nn.Module, prefix: str) -> None:
+        own = {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
+        module.to_empty(device=DEVICE).load_state_dict(own)
+
+    return fill
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_packed_model_gives_the_logits_of_the_rounded_one(name: str, tied: bool) -> None:
+    args = ModelArgs(
+        dim=256, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=90, ffn_hidden_dim=512, tie_embeddings=tied
+    )
+    found, held = [], []
+    plan = StepPlan((Segment(0, 0, tuple(range(20)), 20), Segment(1, 0, (5, 6), 1)))
+    for packed in (False, True):
+        chosen = dataclasses.replace(limits(quantization=name), packed=packed)
+        ranks = Ranks(Launch(), DEVICE, args)
+        model = loader.fill_in(loader.lay_out(args, chosen, ranks), chosen, ranks, filling(args))
+        tensors = {each.data_ptr(): each for each in (*model.parameters(), *model.buffers())}.values()
+        held.append(sum(each.numel() * each.element_size() for each in tensors))
+        assert sum(isinstance(module, QuantizedLinear) for module in model.modules()) == packed * (14 + (not tied))
+        found.append(Runner(model, chosen, DEVICE, 1).run(plan))
+        assert memory_need(args, chosen, 1).weights == pytest.approx(held[-1], rel=0.03)
+    assert (found[1] - found[0]).abs().max() < 1e-4 * found[0].abs().max()
+    assert held[1] < 0.6 * held[0]
+
+
+def test_a_width_that_a_scheme_cannot_have_stays_as_it_is() -> None:
+    """TINY's rows have 32 and 96 numbers: one group of 32 and three, and none of 128."""
+    ranks = Ranks(Launch(), DEVICE, TINY)
+    for name, layers in (("int4", 15), ("int4-128", 1)):  # the output has 8 bits and any width
+        chosen = limits(quantization=name, packed=True)
+        model = loader.fill_in(loader.lay_out(TINY, chosen, ranks), chosen, ranks, filling(TINY))
+        assert sum(isinstance(module, QuantizedLinear) for module in model.modules()) == layers
+
+
+def test_ranks_sum_what_each_makes_of_its_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks, one after the other; a group of weights is never cut, so both have the numbers of one."""
+    summed: list[tuple[torch.Tensor, str]] = []
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda y, group: summed.append((y, group)))
+    random = torch.Generator().manual_seed(1)
+    weight, x = torch.randn(24, 256, generator=random), torch.randn(3, 256, generator=random)
+    scheme = SCHEMES["int4"]
+    whole = QuantizedLinear(scheme.quantize(weight)).to(DEVICE)(x.to(DEVICE))
+    assert not summed
+    for half, own in zip(x.chunk(2, 1), weight.chunk(2, 1), strict=True):
+        QuantizedLinear(scheme.quantize(own), "the ranks").to(DEVICE)(half.to(DEVICE))
+    assert [group for _, group in summed] == ["the ranks"] * 2
+    assert (summed[0][0] + summed[1][0] - whole).abs().max() < 1e-4
+
+
+def test_under_tensor_parallelism_the_layers_that_are_summed_have_the_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "localize", lambda *_: None)
+    chosen = limits(quantization="int4", packed=True)
+    model = loader.lay_out(TINY, chosen, Ranks(Launch(), DEVICE, TINY))
+    ranks = SimpleNamespace(tp=SimpleNamespace(get_group=lambda: "the ranks"), device=DEVICE)
+    model = loader.fill_in(model, chosen, ranks, filling(TINY))
+    groups = {name: module._group for name, module in model.layers[1].named_modules() if hasattr(module, "_group")}
+    summed = {"attention.wo", "feed_forward.w2"}
+    assert summed < groups.keys() and len(groups) == 7
+    assert all(group == ("the ranks" if name in summed else None) for name, group in groups.items())
+
+
+# --- what a machine can do ---
+
+
+@pytest.mark.parametrize(
+    ("capability", "scheme", "refused"),
+    [
+        ((7, 5), "int8", "int8 needs a GPU of compute capability 8.0; this one has 7.5"),
+        ((8, 6), "fp8", "fp8 needs a GPU of compute capability 8.9; this one has 8.6"),
+    ],
+)
+def test_a_gpu_that_is_too_old_is_named(
+    capability: tuple[int, int], scheme: str, refused: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    with pytest.raises(NoProducts, match=refused):
+        check_products("cuda:0", SCHEMES[scheme], torch.float16)
+
+
+@pytest.mark.parametrize("fault", ["wrong", "not a number", "raises"])
+def test_the_check_at_the_start_finds_what_does_not_work(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_products(DEVICE, SCHEMES["int4"], torch.float16)
+
+    def faulty(x: torch.Tensor, weights: torch.Tensor, scales: torch.Tensor, group: int | None) -> torch.Tensor:
+        if fault == "raises":
+            raise RuntimeError("no C compiler")
+        y = product.product(x, weights, scales, group)
+        return y * 1.1 if fault == "wrong" else y * torch.nan
+
+    monkeypatch.setattr(linear, "_product", lambda: faulty)
+    reason = "RuntimeError: no C compiler" if fault == "raises" else "came out wrong in a test"
+    with pytest.raises(NoProducts, match=reason):
+        check_products(DEVICE, SCHEMES["int4"], torch.float16)
+
+
+def test_without_the_kernels_weights_are_rounded_and_a_warning_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = []
+
+    def check(*arguments: object) -> None:
+        asked.append(arguments)
+        if len(asked) == 2:
+            raise NoProducts("Triton is not installed")
+
+    monkeypatch.setattr(loader, "check_products", check)
+    settled = [
+        Limits.settle(EngineConfig(dtype="bfloat16", quantization=name, kernels=kernels), TINY, device).packed
+        for name, kernels, device in (
+            ("int4", "auto", "cuda:0"),
+            ("int4", "auto", "cuda:0"),
+            ("none", "auto", "cuda:0"),
+            ("int4", "torch", "cuda:0"),
+            ("int4", "torch", "cpu"),
+        )
+    ]
+    assert settled == [True, False, False, False, False]
+    assert asked == [("cuda:0", SCHEMES["int4"], torch.bfloat16)] * 2
+    assert [record.getMessage() for record in caplog.records] == [
+        "quantization saves no memory and no time here, because Triton is not installed"
+    ]
+
+
+# --- GPUs that are not here ---
+
+# Bytes of shared memory that a program may have, by compute capability. For 8.0 and 8.6 the code is that of 8.9 but for
+# fp8, and these have as much or more.
+SHARED_MEMORY = {89: 99 << 10, 90: 227 << 10}
+
+
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+def test_the_kernels_compile_for_other_gpus_and_fit_into_them(capability: int, tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.compile_products", str(capability)],
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    made = json.loads(done.stdout)
+    assert len(made) == 3 * len(SCHEMES)
+    for each in made:
+        assert each["shared"] <= SHARED_MEMORY[capability], each
+        assert each["tensor cores"] and each["loads ahead"], each
