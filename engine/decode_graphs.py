@@ -56,7 +56,7 @@ class DecodeGraphs:
     def __init__(self, model: Transformer, cache: KVCache, limits: Limits, device: str, capture: Capture) -> None:
         """The cache needs a position more than sequences have, where padded rows may write."""
         self._model, self._cache, self._capture = model, cache, capture
-        self._slots, self._longest = limits.max_batch_size, limits.max_seq_len
+        self._slots, self._longest, self._ragged = limits.max_batch_size, limits.max_seq_len, limits.ragged
         self._numbers = torch.zeros(4 * self._slots, dtype=torch.int64, device=device)
         self._logits_RV = torch.zeros(self._slots, model.args.vocab_size, device=device)
         self._replays: dict[tuple[int, int, bool], Callable[[], None]] = {}
@@ -69,8 +69,11 @@ class DecodeGraphs:
         """
         if self.failed or not all(len(segment.tokens) == segment.logits == 1 for segment in segments):
             return None
-        rows, in_place = self._rows(segments)
-        context = bucket(max(segment.start for segment in segments) + 1, LEAST_CONTEXT, self._longest)
+        if self._ragged:  # reads the slots where they lie, and no more of them than there is
+            rows, in_place, context = bucket(len(segments), 1, self._slots), False, self._longest
+        else:
+            rows, in_place = self._rows(segments)
+            context = bucket(max(segment.start for segment in segments) + 1, LEAST_CONTEXT, self._longest)
         self._fill(segments, rows, in_place, tokens_N)
         key = (rows, context, in_place)
         if key not in self._replays:

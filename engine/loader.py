@@ -17,6 +17,7 @@ from engine.cpu.library import MOST_HEADS_PER_KEY, NoKernels, load
 from engine.gpu.linear import NoProducts, QuantizedLinear, check_products
 from engine.kv_cache import KVCache
 from engine.parallel import Ranks
+from engine.ragged_cache import NoRaggedAttention, check_ragged_attention
 from engine.scheduler import MAX_PROMPT_LOGIT_ROWS
 from llama2 import ModelArgs, RowwiseLinear, Transformer, localize, parallelize, tensor_parallel_mesh_shape
 from quant import SCHEMES, Scheme
@@ -41,6 +42,8 @@ class Limits:
     """Whether the CPU's own kernels compute the steps."""
     packed: bool = False
     """Whether quantized weights are kept as such on a GPU; otherwise PyTorch computes with what they stand for."""
+    ragged: bool = False
+    """Whether a GPU's attention takes sequences of any length side by side."""
     prefix_reuse: bool = True
     prefill_beside_decode: int | None = None
     """Tokens of prompts in a step that others decode in; None learns it."""
@@ -71,11 +74,12 @@ class Limits:
         native = choose_native(config, args, device)
         ours = device.startswith("cuda") and config.kernels != "torch"
         packed = ours and choose_packed(config.quantization, device, dtype)
+        ragged = ours and choose_ragged(args, device, dtype)
         sizes = (length, slots, config.max_tokens_per_step)
         drafts = 0 if config.speculation == "none" else config.max_draft_tokens
         beside = None if config.prefill_beside_decode == "auto" else config.prefill_beside_decode
         graphs = config.cuda_graphs and device.startswith("cuda")
-        kernels = (native, packed)
+        kernels = (native, packed, ragged)
         return cls(*sizes, dtype, config.quantization, *kernels, config.prefix_reuse, beside, drafts, graphs)
 
 
@@ -131,6 +135,16 @@ def choose_packed(quantization: str, device: str, dtype: torch.dtype) -> bool:
         check_products(device, SCHEMES[quantization], dtype)
     except NoProducts as reason:
         log.warning("quantization saves no memory and no time here, because %s", reason)
+        return False
+    return True
+
+
+def choose_ragged(args: ModelArgs, device: str, dtype: torch.dtype) -> bool:
+    """Whether one call attends for all sequences on a GPU: if PyTorch's `varlen_attn` works there."""
+    try:
+        check_ragged_attention(device, dtype, args.n_heads // args.n_kv_heads, 1, args.head_dim)
+    except NoRaggedAttention as reason:
+        log.warning("attention reads more than it needs, because PyTorch's varlen_attn cannot be used: %s", reason)
         return False
     return True
 

@@ -11,6 +11,7 @@ from engine.decode_graphs import Capture, CudaCapture, DecodeGraphs
 from engine.kv_cache import KVCache
 from engine.loader import Limits, fill, lay_out, load_model
 from engine.parallel import Ranks
+from engine.ragged_cache import RaggedCache
 from engine.sampler import choose_tokens
 from engine.scheduler import StepPlan
 from llama2 import Transformer, tensor_parallel_mesh_shape
@@ -27,7 +28,7 @@ class Runner:
             capture = CudaCapture(device)
         parts, _ = tensor_parallel_mesh_shape(args, ranks)
         self.model, self._device = model, device
-        self.cache = KVCache(
+        self.cache = (RaggedCache if limits.ragged else KVCache)(
             args.n_layers,
             limits.max_batch_size,
             args.n_kv_heads // parts,

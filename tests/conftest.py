@@ -5,7 +5,11 @@ from __future__ import annotations
 import os
 import signal
 
+import attention
+import pytest
 import torch
+
+from engine import ragged_cache
 
 # Two test processes run at once, and tiny tensors gain nothing from more threads.
 torch.set_num_threads(1)
@@ -17,3 +21,10 @@ if not torch.cuda.is_available():
 # A shell starts what it runs in the background with interrupts ignored, and so would every program under test be.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def attention_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch has `varlen_attn` for GPUs only; elsewhere it is computed by its documentation."""
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(ragged_cache, "varlen_attn", attention.varlen_attn)

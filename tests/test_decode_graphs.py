@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import random
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from tiny_models import TINY, finish, limits, model_of, random_weights
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from engine import ragged_cache
 from engine.decode_graphs import LEAST_CONTEXT, Capture, bucket
 from engine.engine import Engine
 from engine.loader import Limits, memory_need
@@ -24,6 +26,8 @@ from llama2 import Transformer
 MODEL = model_of(TINY, random_weights(TINY, seed=11))
 SLOTS, LENGTH = 13, 600
 CHOSEN = limits(slots=SLOTS, max_seq_len=LENGTH, max_tokens_per_step=LENGTH)
+RAGGED = dataclasses.replace(CHOSEN, ragged=True)
+CACHES = pytest.mark.parametrize("chosen", [CHOSEN, RAGGED], ids=["padded context", "ragged"])
 
 
 class Tape(TorchDispatchMode):
@@ -59,8 +63,8 @@ class Counted:
         return self.capture(forward)
 
 
-def pair(capture: Capture, chosen: Limits = CHOSEN, model: Transformer = MODEL) -> tuple[Runner, Runner]:
-    return Runner(model, chosen, "cpu", 1), Runner(model, chosen, "cpu", 1, capture)
+def pair(capture: Capture, chosen: Limits = CHOSEN) -> tuple[Runner, Runner]:
+    return Runner(MODEL, CHOSEN, "cpu", 1), Runner(MODEL, chosen, "cpu", 1, capture)
 
 
 def agree(ordinary: Runner, static: Runner, plan: StepPlan) -> None:
@@ -78,11 +82,12 @@ def singles(rng: random.Random, lengths: dict[int, int]) -> tuple[Segment, ...]:
     return tuple(Segment(slot, lengths[slot], (rng.randrange(TINY.vocab_size),), 1) for slot in sorted(lengths))
 
 
+@CACHES
 @pytest.mark.parametrize("capture", [lambda forward: forward, Tape], ids=["computed anew", "replayed"])
-def test_random_plans_give_the_logits_and_the_cache_of_the_ordinary_way(capture: Capture) -> None:
+def test_random_plans_give_the_logits_and_the_cache_of_the_ordinary_way(capture: Capture, chosen: Limits) -> None:
     rng = random.Random(3)
     counted = Counted(capture)
-    ordinary, static = pair(counted)
+    ordinary, static = pair(counted, chosen)
     held: dict[int, int] = {}
     decoded = 0
     for step in range(400):
@@ -112,8 +117,8 @@ def test_random_plans_give_the_logits_and_the_cache_of_the_ordinary_way(capture:
             held[slot] += 1
     captured = {(rows, context) for rows, context, _ in static._graphs._replays}
     assert {rows for rows, _ in captured} == {1, 2, 4, 8, SLOTS}
-    assert {context for _, context in captured} == {LEAST_CONTEXT, 512, LENGTH}
-    assert {in_place for *_, in_place in static._graphs._replays} == {True, False}
+    assert {context for _, context in captured} == ({LENGTH} if chosen.ragged else {LEAST_CONTEXT, 512, LENGTH})
+    assert {in_place for *_, in_place in static._graphs._replays} == ({False} if chosen.ragged else {True, False})
     assert counted.captured == len(static._graphs._replays) < decoded / 2, "each once, and used again"
 
 
@@ -141,9 +146,10 @@ def test_slots_next_to_one_another_are_read_where_they_lie_and_scattered_ones_br
         agree(ordinary, static, plan)  # of as many rows as before, maybe, but read in another way
 
 
-def test_padded_rows_leave_every_slot_as_it_is() -> None:
+@CACHES
+def test_padded_rows_leave_every_slot_as_it_is(chosen: Limits) -> None:
     rng = random.Random(6)
-    _, static = pair(Tape)
+    _, static = pair(Tape, chosen)
     for cache in (static.cache.keys_LBKTH, static.cache.values_LBKTH):
         cache.normal_()
     for slots in ((12,), (0, 2, 3), (4, 5, 6, 7, 9), (3, 11)):
@@ -153,8 +159,9 @@ def test_padded_rows_leave_every_slot_as_it_is() -> None:
         assert changed == [[slot, 7] for slot in slots]
 
 
-def test_numbers_that_are_not_finite_stay_in_their_own_row() -> None:
-    ordinary, static = pair(Tape)
+@CACHES
+def test_numbers_that_are_not_finite_stay_in_their_own_row(chosen: Limits) -> None:
+    ordinary, static = pair(Tape, chosen)
     for runner in (ordinary, static):
         for cache in (runner.cache.keys_LBKTH, runner.cache.values_LBKTH):
             cache[:, 2].fill_(float("nan"))  # a slot whose sequence failed; it is cleared before its next user
@@ -202,10 +209,12 @@ def test_a_capture_that_fails_is_said_once_and_the_ordinary_way_takes_over(caplo
     ]
 
 
+@CACHES
 def test_what_is_captured_makes_every_tensor_on_the_device_and_looks_at_no_value(
-    monkeypatch: pytest.MonkeyPatch,
+    chosen: Limits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On torch's meta device there are no values: whatever reads one fails, as it would while capturing."""
+    monkeypatch.setattr(ragged_cache, "varlen_attn", torch.nn.attention.varlen.varlen_attn)
     with torch.device("meta"):
         model = Transformer(TINY)
     model.set_rope(torch.device("meta"))
@@ -217,7 +226,7 @@ def test_what_is_captured_makes_every_tensor_on_the_device_and_looks_at_no_value
         return forward
 
     for slots in ((0, 1, 3), (1, 9)):
-        runner = Runner(model, CHOSEN, "meta", 1, strict)
+        runner = Runner(model, chosen, "meta", 1, strict)
         assert runner.run(StepPlan(singles(random.Random(1), dict.fromkeys(slots, 300)))).shape == (len(slots), 64)
 
 

@@ -59,10 +59,11 @@ KERNELS = pytest.mark.parametrize(
     [
         {},
         {"cuda_graphs": True},
+        {"cuda_graphs": True, "ragged": True},
         {"native": True},
         *({"native": True, "quantization": scheme} for scheme in ("int8", "int4")),
     ],
-    ids=["torch", "torch in static shapes", "native", "native int8", "native int4"],
+    ids=["torch", "torch in static shapes", "torch, ragged", "native", "native int8", "native int4"],
 )
 
 

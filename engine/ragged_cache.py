@@ -1,0 +1,108 @@
+"""The cache of a GPU whose attention takes sequences of any length side by side, so that each costs what it has.
+
+One call of PyTorch's `varlen_attn` serves all tokens of a step, single ones and chunks of prompts. It reads the slots
+where they lie: a slot is a run of positions in one long row of keys, and how many of them count is a number on the
+device, so that a captured step need not be padded to a bucket of context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Ordered
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
+from engine.kv_cache import KVCache
+from engine.scheduler import Segment
+
+_CAUSAL = (-1, 0)  # as a window: everything before a token, nothing behind it
+
+
+class NoRaggedAttention(Exception):
+    """This machine's PyTorch cannot do it; the message says why."""
+
+
+class RaggedCache(KVCache):
+    """Keys and values of a slot position by position, all heads of one side by side."""
+
+    def __init__(
+        self, layers: int, slots: int, kv_heads: int, max_seq_len: int, head_dim: int, dtype: torch.dtype, device: str
+    ) -> None:
+        shape = (layers, slots * max_seq_len, kv_heads, head_dim)
+        self._keys_LPKH = torch.zeros(shape, dtype=dtype, device=device)
+        self._values_LPKH = torch.zeros(shape, dtype=dtype, device=device)
+        # Attention sees one long row of P positions, everything else the same memory in KVCache's order.
+        self.keys_LBKTH, self.values_LBKTH = (
+            cache.unflatten(1, (slots, max_seq_len)).transpose(2, 3) for cache in (self._keys_LPKH, self._values_LPKH)
+        )
+        self._device, self._length = device, max_seq_len
+
+    def begin(self, segments: Ordered[Segment], positions_N: Tensor) -> None:
+        self._positions_N = positions_N
+        counts = [len(segment.tokens) for segment in segments]
+        lengths = [segment.start + count for segment, count in zip(segments, counts, strict=True)]
+        slots = [segment.slot for segment in segments]
+        numbers = torch.tensor((slots, counts, lengths), device=self._device)
+        self._slots_N = numbers[0].repeat_interleave(numbers[1], output_size=sum(counts))
+        self._describe(numbers[0], F.pad(numbers[1].cumsum(0), (1, 0)), numbers[2])
+        self._most, self._longest = max(counts), max(lengths)
+
+    def begin_padded(self, slots_N: Tensor, positions_N: Tensor, view: slice | Tensor, length: int) -> None:
+        self._slots_N, self._positions_N = slots_N, positions_N
+        lengths_N = torch.where(positions_N < self._length - 1, positions_N + 1, 1)  # padded rows stand at the very end
+        self._describe(slots_N, torch.arange(len(slots_N) + 1, device=self._device), lengths_N)
+        self._most, self._longest = 1, self._length
+
+    def _describe(self, slots: Tensor, ends: Tensor, lengths: Tensor) -> None:
+        """Where each sequence's tokens are in the step, where its slot begins, and how much of that counts."""
+        self._tokens_end = ends.int()
+        self._slots_begin = F.pad(slots * self._length, (0, 1)).int()
+        self._lengths = lengths.int()
+
+    def attend(self, layer: int, q_NQH: Tensor, k_NKH: Tensor, v_NKH: Tensor) -> Tensor:
+        self.keys_LBKTH[layer][self._slots_N, :, self._positions_N] = k_NKH
+        self.values_LBKTH[layer][self._slots_N, :, self._positions_N] = v_NKH
+        return varlen_attn(
+            q_NQH,
+            self._keys_LPKH[layer],
+            self._values_LPKH[layer],
+            self._tokens_end,
+            self._slots_begin,
+            self._most,
+            self._longest,
+            window_size=_CAUSAL,
+            enable_gqa=True,
+            seqused_k=self._lengths,
+        )
+
+
+def check_ragged_attention(device: str, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) -> None:
+    """Attend over something small, and raise `NoRaggedAttention` if that does not work here or comes out wrong."""
+    if dtype == torch.float32:
+        raise NoRaggedAttention("it takes no float32")
+    random = torch.Generator().manual_seed(0)
+    caches = [kind(1, 3, kv_heads, 80, head_dim, dtype, device) for kind in (KVCache, RaggedCache)]
+    steps = (
+        (Segment(2, 0, (1,) * 70, 1),),
+        (Segment(1, 0, (1,) * 3, 1),),
+        (Segment(1, 3, (1,), 1), Segment(2, 70, (1,) * 4, 1), Segment(0, 0, (1,) * 20, 1)),
+        (Segment(0, 20, (1,), 1), Segment(2, 74, (1,), 1)),
+    )
+    for segments in steps:
+        positions = [segment.start + place for segment in segments for place in range(len(segment.tokens))]
+        positions_N = torch.tensor(positions, device=device)
+        shapes = [(len(positions), count, head_dim) for count in (heads, kv_heads, kv_heads)]
+        new = [torch.randn(shape, generator=random).to(device, dtype) for shape in shapes]
+        expected, found = (_attend(cache, segments, positions_N, new) for cache in caches)
+        if not (found - expected).abs().max() <= 0.02:
+            raise NoRaggedAttention("it came out wrong in a test")
+
+
+def _attend(cache: KVCache, segments: Ordered[Segment], positions_N: Tensor, new: list[Tensor]) -> Tensor:
+    cache.begin(segments, positions_N)
+    try:
+        return cache.attend(0, *new).float()
+    except Exception as error:  # whatever PyTorch, the driver or the build of flash attention objects to
+        raise NoRaggedAttention(f"{type(error).__name__}: {error}") from error
