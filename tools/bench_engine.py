@@ -143,6 +143,11 @@ class Costs:
     args: ModelArgs
     limits: Limits
 
+    @property
+    def memory(self) -> int:
+        """What one rank holds, in bytes."""
+        return memory_need(self.args, self.limits, 1).total
+
     def bytes_per_step(self, batch: int, context: float) -> float:
         """What a decode step has to read: all matrices once, and the keys and values of every sequence."""
         args, size = self.args, self.limits.dtype.itemsize

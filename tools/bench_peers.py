@@ -12,19 +12,22 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from tqdm import tqdm
 
 from engine.config import ConfigError
+from engine.loader import available_memory
 from tools import peers
 from tools.bench import FOLDER, PROJECT, add_common, check_threads
-from tools.bench_engine import EngineBench, model_args, random_engine, settings
+from tools.bench_engine import EngineBench, Run, costs, model_args, random_engine, settings
 from tools.bench_hf import Transformers, TransformersError
 from tools.bench_llamacpp import LlamaCpp
 from tools.bench_load import LoadError, Target
@@ -53,6 +56,26 @@ TABLE = Table(
 Rates = dict[str, dict[str, list[float]]]
 
 
+class Visitor:
+    """Our engine, which is gone while others are measured if the machine's memory does not hold both."""
+
+    def __init__(self, make: Callable[[], EngineBench], stays: bool) -> None:
+        self._make, self._stays = make, stays
+        self._bench: EngineBench | None = None
+
+    def run(self, batch: int, prompt: int, tokens: int) -> Run:
+        """What `EngineBench.run` does."""
+        if self._bench is None:
+            self._bench = self._make()
+        return self._bench.run(batch, prompt, tokens)
+
+    def make_room(self) -> None:
+        """Give the memory back, if others need it."""
+        if not self._stays:
+            self._bench = None
+            gc.collect()
+
+
 class Comparison:
     """What everyone reached in each round, by what was measured: tokens per second, unless the name says otherwise."""
 
@@ -76,8 +99,6 @@ class Comparison:
         """Prompts and decode steps of the engine, llama.cpp and transformers."""
         flags = self.flags
         with contextlib.ExitStack() as stack:
-            together = max(BATCHES) * PROMPT
-            ours = {kind: self._engine(kind, max(BATCHES), LONG_PROMPT + TOKENS, together) for kind in flags.weights}
             cpp = {}
             if "llamacpp" in flags.parts:
                 programs = peers.programs()
@@ -90,9 +111,23 @@ class Comparison:
                     "flash attention, decode": each.decode_flags,
                     "flash attention, prompt": each.prefill_flags,
                 }
+            ours = self._visitors(cpp)
             for _ in tqdm(range(flags.rounds), desc="engines", unit="round"):
                 for kind, bench in ours.items():
                     self._round(kind, bench, cpp.get(kind), hf if kind == "bf16" else [])
+
+    def _visitors(self, cpp: dict[str, LlamaCpp]) -> dict[str, Visitor]:
+        """Our engines, each of which comes when it is first asked for."""
+        slots, length = max(BATCHES), LONG_PROMPT + TOKENS
+        kinds = self.flags.weights
+        needed = sum(costs(self.flags.shape, kind, slots, length).memory for kind in kinds)
+        # llama.cpp may hold a file twice: as it is, and repacked.
+        theirs = max((2 * self.weights.gguf(kind).stat().st_size for kind in cpp), default=0)
+        stays = needed + theirs < available_memory("cpu")
+        if not stays:
+            print("bench: engines come and go, as memory does not hold all at once", file=sys.stderr, flush=True)
+        make = {kind: partial(self._engine, kind, slots, length, slots * PROMPT) for kind in kinds}
+        return {kind: Visitor(make[kind], stays) for kind in kinds}
 
     def _engine(self, kind: str, slots: int, length: int, together: int = 0) -> EngineBench:
         config = settings(kind, slots, length, self.flags.threads, together=together)
@@ -113,23 +148,25 @@ class Comparison:
                 self.notes[program.name] = str(error)
         return found
 
-    def _round(self, kind: str, ours: EngineBench, cpp: LlamaCpp | None, hf: list[Transformers]) -> None:
+    def _round(self, kind: str, ours: Visitor, cpp: LlamaCpp | None, hf: list[Transformers]) -> None:
         for batch in BATCHES:
             run = ours.run(batch, PROMPT, TOKENS)
             rate = run.mean_decode_rate
             if cpp is not None:  # between two of ours, as the memory's speed changes while this runs
+                ours.make_room()
                 self.add(f"decode b{batch} {kind}", "llama.cpp", cpp.decode([batch], PROMPT, TOKENS)[batch])
                 rate = statistics.mean((rate, ours.run(batch, PROMPT, TOKENS).mean_decode_rate))
             self.add(f"decode b{batch} {kind}", "engine", rate)
             if batch == 1 and kind == "bf16":  # at once, as the bandwidth is shared with whatever else runs
                 machine = measure_machine(self.flags.threads, rounds=3)
-                size = ours.costs.bytes_per_step(1, PROMPT + TOKENS / 2)
+                size = costs(self.flags.shape, kind, 1, PROMPT + TOKENS).bytes_per_step(1, PROMPT + TOKENS / 2)
                 self.add("share of bandwidth", "engine", size / run.step_s / machine.read_bytes_per_s)
             if batch == HF_BATCH:
                 for program in hf:
                     steps = program.run(batch, PROMPT, TOKENS)["decode_s"]
                     self.add(f"decode b{batch} {kind}", program.name, batch / statistics.mean(steps))
         self.add(f"prefill{LONG_PROMPT} {kind}", "engine", ours.run(1, LONG_PROMPT, 1).prefill_rate)
+        ours.make_room()
         if cpp is not None:
             self.add(f"prefill{LONG_PROMPT} {kind}", "llama.cpp", cpp.prefill(LONG_PROMPT))
 
