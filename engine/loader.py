@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from engine.checkpoint import Checkpoint, read_tensors
 from engine.config import ConfigError, DeviceError, EngineConfig
 from engine.cpu.library import MOST_HEADS_PER_KEY, NoKernels, load
+from engine.gpu.block import FusedBlock, NoFusion, check_fusion
 from engine.gpu.linear import NoProducts, QuantizedLinear, check_products
 from engine.kv_cache import KVCache
 from engine.parallel import Ranks
@@ -44,6 +45,8 @@ class Limits:
     """Whether quantized weights are kept as such on a GPU; otherwise PyTorch computes with what they stand for."""
     ragged: bool = False
     """Whether a GPU's attention takes sequences of any length side by side."""
+    fused: bool = False
+    """Whether a GPU computes a layer in few kernels; then its attention is ragged, too."""
     prefix_reuse: bool = True
     prefill_beside_decode: int | None = None
     """Tokens of prompts in a step that others decode in; None learns it."""
@@ -75,11 +78,12 @@ class Limits:
         ours = device.startswith("cuda") and config.kernels != "torch"
         packed = ours and choose_packed(config.quantization, device, dtype)
         ragged = ours and choose_ragged(args, device, dtype)
+        fused = ragged and choose_fused(args, device, dtype)
         sizes = (length, slots, config.max_tokens_per_step)
         drafts = 0 if config.speculation == "none" else config.max_draft_tokens
         beside = None if config.prefill_beside_decode == "auto" else config.prefill_beside_decode
         graphs = config.cuda_graphs and device.startswith("cuda")
-        kernels = (native, packed, ragged)
+        kernels = (native, packed, ragged, fused)
         return cls(*sizes, dtype, config.quantization, *kernels, config.prefix_reuse, beside, drafts, graphs)
 
 
@@ -145,6 +149,16 @@ def choose_ragged(args: ModelArgs, device: str, dtype: torch.dtype) -> bool:
         check_ragged_attention(device, dtype, args.n_heads // args.n_kv_heads, 1, args.head_dim)
     except NoRaggedAttention as reason:
         log.warning("attention reads more than it needs, because PyTorch's varlen_attn cannot be used: %s", reason)
+        return False
+    return True
+
+
+def choose_fused(args: ModelArgs, device: str, dtype: torch.dtype) -> bool:
+    """Whether a GPU computes a layer in few kernels: if they work there."""
+    try:
+        check_fusion(device, dtype, args)
+    except NoFusion as reason:
+        log.warning("a step takes more launches than it need, because %s", reason)
         return False
     return True
 
@@ -249,6 +263,8 @@ def fill_in(model: Transformer, limits: Limits, ranks: Ranks, fill: Callable[[nn
     parts = [f"layers.{number}" for number in range(len(model.layers))] + ["tok_embeddings", "norm"]
     for name in parts + ["output"] * (model.output is not None):
         fill(model.get_submodule(name), f"{name}.")
+        if limits.fused and name.startswith("layers."):
+            model.set_submodule(name, FusedBlock(model.get_submodule(name)))
         if limits.scheme is not None:
             _quantize(model, name, limits, ranks)
     if ranks.tp is not None:

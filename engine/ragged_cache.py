@@ -40,17 +40,17 @@ class RaggedCache(KVCache):
         self._device, self._length = device, max_seq_len
 
     def begin(self, segments: Ordered[Segment], positions_N: Tensor) -> None:
-        self._positions_N = positions_N
         counts = [len(segment.tokens) for segment in segments]
         lengths = [segment.start + count for segment, count in zip(segments, counts, strict=True)]
         slots = [segment.slot for segment in segments]
         numbers = torch.tensor((slots, counts, lengths), device=self._device)
-        self._slots_N = numbers[0].repeat_interleave(numbers[1], output_size=sum(counts))
+        begins_N = (numbers[0] * self._length).repeat_interleave(numbers[1], output_size=sum(counts))
+        self.places_N = begins_N + positions_N
         self._describe(numbers[0], F.pad(numbers[1].cumsum(0), (1, 0)), numbers[2])
         self._most, self._longest = max(counts), max(lengths)
 
     def begin_padded(self, slots_N: Tensor, positions_N: Tensor, view: slice | Tensor, length: int) -> None:
-        self._slots_N, self._positions_N = slots_N, positions_N
+        self.places_N = slots_N * self._length + positions_N
         lengths_N = torch.where(positions_N < self._length - 1, positions_N + 1, 1)  # padded rows stand at the very end
         self._describe(slots_N, torch.arange(len(slots_N) + 1, device=self._device), lengths_N)
         self._most, self._longest = 1, self._length
@@ -61,13 +61,22 @@ class RaggedCache(KVCache):
         self._slots_begin = F.pad(slots * self._length, (0, 1)).int()
         self._lengths = lengths.int()
 
+    def of_layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values (P, K, H); a step's tokens go to `places_N` of them."""
+        return self._keys_LPKH[layer], self._values_LPKH[layer]
+
     def attend(self, layer: int, q_NQH: Tensor, k_NKH: Tensor, v_NKH: Tensor) -> Tensor:
-        self.keys_LBKTH[layer][self._slots_N, :, self._positions_N] = k_NKH
-        self.values_LBKTH[layer][self._slots_N, :, self._positions_N] = v_NKH
+        keys_PKH, values_PKH = self.of_layer(layer)
+        keys_PKH[self.places_N], values_PKH[self.places_N] = k_NKH, v_NKH
+        return self.attend_over_kept(layer, q_NQH)
+
+    def attend_over_kept(self, layer: int, q_NQH: Tensor) -> Tensor:
+        """Let every token see its sequence up to itself, whose keys and values are there already; (N, Q, H)."""
+        keys_PKH, values_PKH = self.of_layer(layer)
         return varlen_attn(
             q_NQH,
-            self._keys_LPKH[layer],
-            self._values_LPKH[layer],
+            keys_PKH,
+            values_PKH,
             self._tokens_end,
             self._slots_begin,
             self._most,

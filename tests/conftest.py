@@ -5,18 +5,19 @@ from __future__ import annotations
 import os
 import signal
 
-import attention
 import pytest
 import torch
-
-from engine import ragged_cache
-
-# Two test processes run at once, and tiny tensors gain nothing from more threads.
-torch.set_num_threads(1)
 
 # Triton's kernels are interpreted where there is no GPU. It must be told before anything imports it.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+import attention  # noqa: E402
+
+from engine import ragged_cache  # noqa: E402
+
+# Two test processes run at once, and tiny tensors gain nothing from more threads.
+torch.set_num_threads(1)
 
 # A shell starts what it runs in the background with interrupts ignored, and so would every program under test be.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -26,5 +27,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 @pytest.fixture(autouse=True)
 def attention_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch has `varlen_attn` for GPUs only; elsewhere it is computed by its documentation."""
-    if not torch.cuda.is_available():
-        monkeypatch.setattr(ragged_cache, "varlen_attn", attention.varlen_attn)
+    on_gpu = ragged_cache.varlen_attn
+
+    def anywhere(query: torch.Tensor, *arguments: object, **options: object) -> torch.Tensor:
+        return (on_gpu if query.is_cuda else attention.varlen_attn)(query, *arguments, **options)
+
+    monkeypatch.setattr(ragged_cache, "varlen_attn", anywhere)

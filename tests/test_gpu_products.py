@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_models import TINY, limits, random_weights
+from tiny_models import TINY, filling, limits
 
 from engine import loader
 from engine.config import EngineConfig
@@ -60,17 +54,6 @@ def test_a_token_gets_the_same_bits_in_whatever_company_of_its_size() -> None:
     assert torch.equal(layer(strided), layer(strided.clone()))
 
 
-def filling(args: ModelArgs) -> Callable[[torch.nn.Module, str], None]:
-    """What puts the same weights every time into a module whose names begin so."""
-    weights = random_weights(args, seed=5)
-
-    def fill(module: torch.nn.Module, prefix: str) -> None:
-        own = {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
-        module.to_empty(device=DEVICE).load_state_dict(own)
-
-    return fill
-
-
 @pytest.mark.parametrize("name", SCHEMES)
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_packed_model_gives_the_logits_of_the_rounded_one(name: str, tied: bool) -> None:
@@ -82,7 +65,7 @@ def test_a_packed_model_gives_the_logits_of_the_rounded_one(name: str, tied: boo
     for packed in (False, True):
         chosen = dataclasses.replace(limits(quantization=name), packed=packed)
         ranks = Ranks(Launch(), DEVICE, args)
-        model = loader.fill_in(loader.lay_out(args, chosen, ranks), chosen, ranks, filling(args))
+        model = loader.fill_in(loader.lay_out(args, chosen, ranks), chosen, ranks, filling(args, DEVICE))
         tensors = {each.data_ptr(): each for each in (*model.parameters(), *model.buffers())}.values()
         held.append(sum(each.numel() * each.element_size() for each in tensors))
         assert sum(isinstance(module, QuantizedLinear) for module in model.modules()) == packed * (14 + (not tied))
@@ -97,7 +80,7 @@ def test_a_width_that_a_scheme_cannot_have_stays_as_it_is() -> None:
     ranks = Ranks(Launch(), DEVICE, TINY)
     for name, layers in (("int4", 15), ("int4-128", 1)):  # the output has 8 bits and any width
         chosen = limits(quantization=name, packed=True)
-        model = loader.fill_in(loader.lay_out(TINY, chosen, ranks), chosen, ranks, filling(TINY))
+        model = loader.fill_in(loader.lay_out(TINY, chosen, ranks), chosen, ranks, filling(TINY, DEVICE))
         assert sum(isinstance(module, QuantizedLinear) for module in model.modules()) == layers
 
 
@@ -121,7 +104,7 @@ def test_under_tensor_parallelism_the_layers_that_are_summed_have_the_group(monk
     chosen = limits(quantization="int4", packed=True)
     model = loader.lay_out(TINY, chosen, Ranks(Launch(), DEVICE, TINY))
     ranks = SimpleNamespace(tp=SimpleNamespace(get_group=lambda: "the ranks"), device=DEVICE)
-    model = loader.fill_in(model, chosen, ranks, filling(TINY))
+    model = loader.fill_in(model, chosen, ranks, filling(TINY, DEVICE))
     groups = {name: module._group for name, module in model.layers[1].named_modules() if hasattr(module, "_group")}
     summed = {"attention.wo", "feed_forward.w2"}
     assert summed < groups.keys() and len(groups) == 7
@@ -165,7 +148,7 @@ def test_the_check_at_the_start_finds_what_does_not_work(fault: str, monkeypatch
 def test_without_the_kernels_weights_are_rounded_and_a_warning_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(loader, "check_ragged_attention", lambda *_: None)
+    monkeypatch.setattr(loader, "choose_ragged", lambda *_: False)
     asked = []
 
     def check(*arguments: object) -> None:
@@ -189,28 +172,3 @@ def test_without_the_kernels_weights_are_rounded_and_a_warning_says_so(
     assert [record.getMessage() for record in caplog.records] == [
         "quantization saves no memory and no time here, because Triton is not installed"
     ]
-
-
-# --- GPUs that are not here ---
-
-# Bytes of shared memory that a program may have, by compute capability. For 8.0 and 8.6 the code is that of 8.9 but for
-# fp8, and these have as much or more.
-SHARED_MEMORY = {89: 99 << 10, 90: 227 << 10}
-
-
-@pytest.mark.parametrize("capability", SHARED_MEMORY)
-def test_the_kernels_compile_for_other_gpus_and_fit_into_them(capability: int, tmp_path: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.compile_products", str(capability)],
-        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    made = json.loads(done.stdout)
-    assert len(made) == 3 * len(SCHEMES)
-    for each in made:
-        assert each["shared"] <= SHARED_MEMORY[capability], each
-        assert each["tensor cores"] and each["loads ahead"], each

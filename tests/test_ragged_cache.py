@@ -130,6 +130,7 @@ def test_a_gpu_without_it_is_told_so_once_and_served_all_the_same(
             raise NoRaggedAttention("it came out wrong in a test")
 
     monkeypatch.setattr(loader, "check_ragged_attention", check)
+    monkeypatch.setattr(loader, "choose_fused", lambda *_: False)
     settled = [
         Limits.settle(EngineConfig(dtype="bfloat16", kernels=kernels), TINY, "cuda:0").ragged
         for kernels in ("auto", "auto", "torch")

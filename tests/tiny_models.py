@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
+from torch import nn
 
 from engine.cpu.runner import CpuRunner
 from engine.engine import Engine
@@ -38,6 +40,17 @@ def model_of(args: ModelArgs, weights: dict[str, torch.Tensor]) -> Transformer:
     model.requires_grad_(False)
     model.set_rope(torch.device("cpu"))
     return model.eval()
+
+
+def filling(args: ModelArgs, device: str = "cpu", seed: int = 5) -> Callable[[nn.Module, str], None]:
+    """What puts the same random weights every time into a module whose names begin so."""
+    weights = random_weights(args, seed)
+
+    def fill(module: nn.Module, prefix: str) -> None:
+        own = {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
+        module.to_empty(device=device).load_state_dict(own)
+
+    return fill
 
 
 def limits(slots: int = 4, max_seq_len: int = 64, max_tokens_per_step: int = 16, **choices: object) -> Limits:

@@ -1,0 +1,180 @@
+"""A layer in few kernels for GPUs: against the ordinary one, in Triton's interpreter where there is no GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import TINY, filling, limits
+
+from engine import loader, ragged_cache
+from engine.config import EngineConfig
+from engine.gpu import block
+from engine.gpu.block import FusedBlock, NoFusion, check_fusion
+from engine.gpu.linear import QuantizedLinear
+from engine.loader import Limits
+from engine.parallel import Launch, Ranks
+from engine.runner import Runner
+from engine.scheduler import Segment, StepPlan
+from llama2 import ModelArgs
+from quant import SCHEMES
+
+pytest.importorskip("triton", reason="Triton, which PyTorch for CUDA brings along, is not installed")
+from engine.gpu import pointwise  # noqa: E402
+
+DEVICE = "cuda:0" if torch.cuda.is_available() else "cpu"
+# PyTorch's attention takes no float32 on a GPU; Triton's interpreter is exact in it.
+DTYPE, TOLERANCE = (torch.bfloat16, 0.05) if torch.cuda.is_available() else (torch.float32, 1e-5)
+SLOTS, LENGTH = 4, 64
+MODELS = {
+    "groups of two": TINY,
+    "a head of its own each": dataclasses.replace(TINY, n_kv_heads=4),
+    "odd sizes": ModelArgs(
+        dim=50, n_layers=2, n_heads=3, n_kv_heads=1, head_dim=24, vocab_size=64, ffn_hidden_dim=130, norm_eps=1e-3
+    ),
+}
+
+
+def runner(args: ModelArgs, **choices: object) -> Runner:
+    chosen = limits(slots=SLOTS, max_seq_len=LENGTH, max_tokens_per_step=LENGTH, **choices)
+    chosen = dataclasses.replace(chosen, dtype=DTYPE)
+    ranks = Ranks(Launch(), DEVICE, args)
+    model = loader.fill_in(loader.lay_out(args, chosen, ranks), chosen, ranks, filling(args, DEVICE))
+    assert all(isinstance(layer, FusedBlock) == chosen.fused for layer in model.layers)
+    capture = (lambda forward: forward) if chosen.cuda_graphs else None
+    return Runner(model, chosen, DEVICE, 1, capture)
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True], ids=["as it comes", "in static shapes"])
+@pytest.mark.parametrize("args", MODELS.values(), ids=MODELS)
+def test_random_plans_give_the_logits_and_the_cache_of_the_ordinary_way(args: ModelArgs, cuda_graphs: bool) -> None:
+    rng = random.Random(4)
+    ordinary, fused = runner(args), runner(args, ragged=True, fused=True, cuda_graphs=cuda_graphs)
+    held = dict.fromkeys(range(SLOTS), 0)
+    for step in range(12):
+        singles, chunks = [], []
+        for slot in rng.sample(range(SLOTS), rng.randint(1, SLOTS)):
+            start, count = held[slot], 1 if held[slot] and (step % 2 or rng.random() < 0.5) else rng.randint(2, 5)
+            tokens = tuple(rng.randrange(args.vocab_size) for _ in range(count))
+            (singles if count == 1 else chunks).append(Segment(slot, start, tokens, 1))
+            held[slot] += count
+        plan = StepPlan((*sorted(singles, key=lambda segment: segment.slot), *chunks))
+        expected, found = ordinary.run(plan), fused.run(plan)
+        assert (found - expected).abs().max() < TOLERANCE * expected.abs().max()
+        for name in ("keys_LBKTH", "values_LBKTH"):
+            kept = getattr(fused.cache, name)[..., :LENGTH, :]  # the position behind is for padded rows
+            assert (kept - getattr(ordinary.cache, name)).abs().max() < TOLERANCE * 10
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_matrices_side_by_side_have_the_numbers_that_each_has_alone(name: str) -> None:
+    args = ModelArgs(dim=256, n_layers=1, n_heads=4, n_kv_heads=2, vocab_size=90, ffn_hidden_dim=512)
+    plan = StepPlan((Segment(0, 0, (1, 2, 3), 3),))
+    both = [runner(args, ragged=True, fused=fused, quantization=name, packed=True) for fused in (False, True)]
+    assert [sum(isinstance(each, QuantizedLinear) for each in one.model.modules()) for one in both] == [8, 5]
+    expected, found = (one.run(plan) for one in both)
+    assert (found - expected).abs().max() < TOLERANCE * expected.abs().max()
+
+
+@pytest.mark.parametrize("width", [8, 80, 128])
+def test_the_check_at_the_start_computes_a_layer_of_the_models_heads(width: int) -> None:
+    check_fusion(DEVICE, torch.float16, dataclasses.replace(TINY, head_dim=width))
+
+
+def wrong_turn(qkv, cosine, sine, *rest):
+    return pointwise.place_rotated(qkv, cosine, -sine, *rest)
+
+
+def forgotten_value(qkv, cosine, sine, places, keys, values):
+    return pointwise.place_rotated(qkv, cosine, sine, places, keys, values.clone())
+
+
+def sum_not_passed_on(x, more, weight, epsilon):
+    return x, pointwise.add_norm(x, more, weight, epsilon)[1]
+
+
+def halves_exchanged(gate_up):
+    return pointwise.swiglu(gate_up.roll(gate_up.shape[1] // 2, 1))
+
+
+def does_not_run(gate_up):
+    raise RuntimeError("no C compiler")
+
+
+@pytest.mark.parametrize(
+    ("name", "fault", "reason"),
+    [
+        ("place_rotated", wrong_turn, "came out wrong in a test"),
+        ("place_rotated", forgotten_value, "came out wrong in a test"),
+        ("add_norm", sum_not_passed_on, "came out wrong in a test"),
+        ("swiglu", halves_exchanged, "came out wrong in a test"),
+        ("swiglu", does_not_run, "RuntimeError: no C compiler"),
+    ],
+)
+def test_the_check_at_the_start_finds_what_does_not_work(
+    name: str, fault: object, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("place_rotated", "add_norm", "swiglu")
+    faulty = type("Faulty", (), {each: staticmethod(getattr(pointwise, each)) for each in names})
+    setattr(faulty, name, staticmethod(fault))
+    monkeypatch.setattr(block, "_pointwise", lambda: faulty)
+    with pytest.raises(NoFusion, match=reason):
+        check_fusion(DEVICE, torch.float16, TINY)
+
+
+def test_a_gpu_without_it_is_told_so_and_served_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = []
+
+    def check(*arguments: object) -> None:
+        asked.append(arguments)
+        if len(asked) == 2:
+            raise NoFusion("Triton is not installed")
+
+    def no_ragged_attention(*_: object) -> None:
+        raise ragged_cache.NoRaggedAttention("it takes no float32")
+
+    monkeypatch.setattr(loader, "check_fusion", check)
+    monkeypatch.setattr(loader, "check_ragged_attention", lambda *_: None)
+    config = EngineConfig(dtype="bfloat16")
+    settled = [Limits.settle(config, TINY, "cuda:0").fused for _ in range(2)]
+    settled.append(Limits.settle(dataclasses.replace(config, kernels="torch"), TINY, "cuda:0").fused)
+    assert [record.getMessage() for record in caplog.records] == [
+        "a step takes more launches than it need, because Triton is not installed"
+    ]
+    monkeypatch.setattr(loader, "check_ragged_attention", no_ragged_attention)
+    settled.append(Limits.settle(config, TINY, "cuda:0").fused)
+    assert settled == [True, False, False, False]
+    assert asked == [("cuda:0", torch.bfloat16, TINY)] * 2
+
+
+# Bytes of shared memory that a program may have, by compute capability. For 8.0 and 8.6 the code is that of 8.9 but for
+# fp8, and these have as much or more.
+SHARED_MEMORY = {89: 99 << 10, 90: 227 << 10}
+
+
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+def test_all_kernels_compile_for_gpus_that_are_not_here_and_fit_into_them(capability: int, tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.compile_for_gpu", str(capability)],
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    made = json.loads(done.stdout)
+    assert len(made["products"]) == 3 * len(SCHEMES) and len(made["between"]) == 3
+    for each in made["products"]:
+        assert each["tensor cores"] and each["loads ahead"], each
+    for each in made["products"] + made["between"]:
+        assert each["shared"] <= SHARED_MEMORY[capability], each
