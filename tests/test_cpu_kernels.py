@@ -7,6 +7,7 @@ import os
 import random
 import re
 import shutil
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -235,12 +236,14 @@ def test_the_kernels_are_compiled_once_and_kept_for_this_user_alone(fresh: Path)
     assert kept[0].stat().st_mtime_ns == made
 
 
-def test_a_cache_that_others_may_write_to_is_not_trusted(fresh: Path) -> None:
-    folder = fresh / ".cache" / "llama-on-torchserve"
-    folder.mkdir(parents=True)
+def test_a_cache_that_others_may_write_to_is_not_trusted(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, temporary = fresh / ".cache" / "llama-on-torchserve", fresh / "tmp"
+    for each in (folder, temporary):
+        each.mkdir(parents=True)
     folder.chmod(0o777)
-    library.load()
-    assert not list(folder.iterdir())
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    assert library.load().model_new
+    assert not list(folder.iterdir()) and not list(temporary.iterdir())
 
 
 @pytest.mark.parametrize("lack", ["a compiler", "instructions"])

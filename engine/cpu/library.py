@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -10,6 +11,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -42,13 +44,14 @@ def load() -> ctypes.CDLL:
     digest = hashlib.sha256(" ".join(flags).encode())
     for name in SOURCES:
         digest.update((folder / name).read_bytes())
-    cached = _cache_folder() / f"kernels-{digest.hexdigest()[:16]}.so"
-    if not cached.is_file():
-        _compile(folder / SOURCES[0], cached, flags)
-    try:
-        library = ctypes.CDLL(str(cached))
-    except OSError as error:
-        raise NoKernels(f"{cached}: {error}") from None
+    with _cache_folder() as kept:
+        cached = kept / f"kernels-{digest.hexdigest()[:16]}.so"
+        if not cached.is_file():
+            _compile(folder / SOURCES[0], cached, flags)
+        try:
+            library = ctypes.CDLL(str(cached))
+        except OSError as error:
+            raise NoKernels(f"{cached}: {error}") from None
     library.model_new.restype = ctypes.c_void_p
     library.model_new.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
     library.model_run.restype = None
@@ -78,17 +81,26 @@ def _cpu_flags() -> set[str]:
         return set()
 
 
-def _cache_folder() -> Path:
+@contextlib.contextmanager
+def _cache_folder() -> Iterator[Path]:
     """A folder that only this user can write to, since what lies in it is run."""
+    own = _own_folder()
+    if own is not None:
+        yield own
+    else:
+        with tempfile.TemporaryDirectory(prefix="llama-on-torchserve-") as moment:  # what was loaded from it stays
+            yield Path(moment)
+
+
+def _own_folder() -> Path | None:
     try:
         folder = Path.home() / ".cache" / "llama-on-torchserve"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = folder.stat()
-        if found.st_uid == os.getuid() and not found.st_mode & 0o022 and os.access(folder, os.W_OK):
-            return folder
-    except (OSError, RuntimeError):
-        pass
-    return Path(tempfile.mkdtemp(prefix="llama-on-torchserve-"))
+        private = found.st_uid == os.getuid() and not found.st_mode & 0o022 and os.access(folder, os.W_OK)
+    except (OSError, RuntimeError):  # the latter where there is no home
+        return None
+    return folder if private else None
 
 
 def _compile(source: Path, target: Path, flags: tuple[str, ...]) -> None:
