@@ -72,8 +72,7 @@ bench: install  ## measure engine and service beside this machine's best, half a
 	@$(BIN)/python -m tools.bench $(BENCH)
 
 .PHONY: bench-peers
-bench-peers: install  ## measure llama.cpp and transformers beside it, in turns: build/bench/ratios.json (20 minutes)
-	@$(BIN)/python -m tools.peers setup
+bench-peers: install  ## measure llama.cpp and transformers beside it, in turns: build/bench/ratios.json (half an hour)
 	@$(BIN)/python -m tools.bench_peers $(BENCH)
 
 MUTATIONS ?= 10000

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,11 +18,11 @@ import torch
 
 from tokenizing import load_tokenizer
 from tools import bench, bench_machine, bench_peers
-from tools.bench_engine import EngineBench, model_args, random_engine, settings
+from tools.bench_engine import EngineBench, Marks, model_args, random_engine, settings
 from tools.bench_hf import Generation, Transformers, TransformersError, make_model
 from tools.bench_llamacpp import LlamaCpp
 from tools.bench_load import Ask, Load, LoadError, Target, intrude, offer, summarize
-from tools.bench_machine import Machine, measure_machine
+from tools.bench_machine import Machine, measure_gpu, measure_machine
 from tools.bench_report import NoPictures, Table, draw, percentile, write_csv
 from tools.bench_weights import answer_token, usual_tokens
 from tools.peers import PeerError
@@ -86,6 +87,31 @@ def test_shares_are_of_what_the_machine_can_do():
     assert math.isclose(prompts["flops_share"], bench.costs.prompt_flops(32) * prompts["tokens_per_s"] / 32 / 1e11)
 
 
+def test_gaps_between_a_gpus_steps_are_those_of_the_last_ones(monkeypatch):
+    clock = iter(range(100))
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = next(clock)
+
+        def elapsed_time(self, later):
+            return 1000.0 * (later.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    runner = SimpleNamespace(run=lambda plan: plan)
+    marks = Marks(runner)
+    for plan, pause in (("a", 5), ("b", 0), ("c", 2), ("d", 0)):  # a pause follows each
+        assert runner.run(plan) == plan
+        for _ in range(pause):
+            next(clock)
+    assert marks.gaps(4) == (6.0, 1.0, 3.0)
+    assert marks.gaps(3) == (1.0, 3.0)
+
+
 def test_percentiles_are_values_that_were_measured():
     values = [5.0, 1.0, 4.0, 2.0, 3.0]
     assert [percentile(values, p) for p in (0, 20, 50, 99, 100)] == [1.0, 1.0, 3.0, 5.0, 5.0]
@@ -101,7 +127,33 @@ def test_the_machine_is_measured_with_and_without_a_compiler(monkeypatch):
     without = measure_machine(1, **small)
     assert set(without.read_ways) == {"torch"} and set(with_compiler.read_ways) <= {"torch", "C++"}
     assert without.read_bytes_per_s > 0 and set(without.product_flops) == {"float32", "bfloat16"}
-    assert str(without).startswith(without.cpu)
+    assert str(without).startswith(without.name)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+def test_a_gpu_is_measured_in_its_own_memory(device):
+    """Without one the same code measures the CPU, which proves its arithmetic and nothing about waiting for a GPU."""
+    if device != "cpu" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    found = measure_gpu(device, 1, rounds=1, read_bytes=1 << 22, side=64)
+    assert set(found.read_ways) == {"sum", "copy"} and set(found.product_flops) == {"float32", "bfloat16"}
+    assert found.read_bytes_per_s == max(found.read_ways.values()) > 0
+
+
+def test_a_machine_with_a_gpu_is_measured_there_unless_the_cpu_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "FOLDER", tmp_path)
+    monkeypatch.setattr(bench, "PROJECT", tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    measured = []
+    monkeypatch.setattr(bench, "measure_machine", lambda threads: measured.append("cpu") or MACHINE)
+    monkeypatch.setattr(bench, "measure_gpu", lambda device, threads: measured.append(device) or MACHINE)
+    told = []
+    monkeypatch.setattr(bench, "bench_engine", lambda flags, machine: told.append(flags) or {})
+    for words in ([], ["--device", "cpu"], ["--device", "cuda", "--no-cuda-graphs"]):
+        assert bench.main(["--quick", "--shape", "tiny", "--threads", "1", *words]) == 0
+    assert measured == ["cuda:0", "cpu", "cuda:0"]
+    assert [(flags.device, flags.cuda_graphs) for flags in told] == [("auto", True), ("cpu", True), ("cuda", False)]
 
 
 def test_the_compiled_loop_reads_every_byte():
@@ -250,7 +302,7 @@ def test_the_services_part_has_a_row_for_each_load(endpoint, tmp_path, monkeypat
     monkeypatch.setattr(bench, "FOLDER", tmp_path)
     monkeypatch.setattr(bench, "PROJECT", tmp_path)
     monkeypatch.setattr(bench, "measure_machine", lambda threads: MACHINE)
-    monkeypatch.setattr(bench, "torchserve", lambda *_: contextlib.nullcontext(endpoint))
+    monkeypatch.setattr(bench, "torchserve", lambda *_, **__: contextlib.nullcontext(endpoint))
     words = ["service", "--shape", "tiny", "--streams", "1,2", "--rate", "100,200", "--requests", "2", "--threads", "1"]
     assert bench.main(words) == 0
     results = json.loads((tmp_path / "bench.json").read_text())

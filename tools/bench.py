@@ -20,10 +20,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from engine.config import KERNELS, ConfigError
+from engine.config import DEVICES, KERNELS, ConfigError
+from engine.parallel import Launch, choose_device
 from tools.bench_engine import WEIGHTS, EngineBench, costs, model_args, random_engine, settings
 from tools.bench_load import LoadError
-from tools.bench_machine import PROJECT, Machine, measure_machine
+from tools.bench_machine import PROJECT, Machine, measure_gpu, measure_machine
 from tools.bench_report import ENGINE, SERVICE, NoPictures, draw, write_csv, write_json
 from tools.bench_service import LENGTH, ServiceBench, Shape, torchserve
 from tools.bench_weights import FOLDER, Weights
@@ -50,7 +51,8 @@ def bench_engine(flags: argparse.Namespace, machine: Machine) -> Row:
     together = max(batches) * (QUICK_PROMPT if flags.quick else PROMPT)
     print(ENGINE.head(), flush=True)
     for weights in flags.weights:
-        config = settings(weights, max(batches), length, flags.threads, flags.kernels, together)
+        choices = {"device": flags.device, "kernels": flags.kernels, "cuda_graphs": flags.cuda_graphs}
+        config = settings(weights, max(batches), length, flags.threads, together, **choices)
         engine = random_engine(args, config)
         bench = EngineBench(engine, args)
         bench.warm_up()
@@ -82,11 +84,13 @@ def bench_service(flags: argparse.Namespace, machine: Machine) -> Row:
     weights, rows = Weights(flags.shape), []
     most, shape = max(flags.streams), Shape(first_token_limit_s=flags.ttft_limit, per_token_limit_s=flags.tpot_limit)
     slots = max(most, 3)  # a stream, one that times it, and a guest
-    with torchserve(weights, flags.served, slots, flags.threads) as target:
+    device = choose_device(flags.device, Launch())
+    choices = {"DEVICE": device.partition(":")[0], "cuda_graphs": str(flags.cuda_graphs).lower()}
+    with torchserve(weights, flags.served, slots, flags.threads, **choices) as target:
         bench = ServiceBench(target, shape)
         bench.warm_up(most)
         print(f"TorchServe, {flags.served}, {slots} slots\n{SERVICE.head()}", flush=True)
-        least = costs(flags.shape, flags.served, slots, LENGTH)
+        least = costs(flags.shape, flags.served, slots, LENGTH, device)
         for row in _service_rows(bench, flags):
             if "streams" in row:  # as if all streams were in every step
                 size = least.bytes_per_step(row["streams"], sum(shape.prompt) / 2 + row.get("shared", 0))
@@ -158,7 +162,8 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     flags = _parse(argv)
     try:
-        machine = measure_machine(flags.threads)
+        device = choose_device(flags.device, Launch())
+        machine = measure_machine(flags.threads) if device == "cpu" else measure_gpu(device, flags.threads)
         print(f"{machine}\n", flush=True)
         results: Row = {"machine": asdict(machine), "flags": vars(flags)}
         parts = {"engine": bench_engine, "service": bench_service}
@@ -194,6 +199,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=numbers, metavar="N[,N]", help="sequences at once (default: 1,2,4,8,16,32)")
     parser.add_argument("--context", type=numbers, default=list(CONTEXTS), metavar="N[,N]", help="prompts' lengths")
     parser.add_argument("--kernels", choices=KERNELS, default="auto", help="the engine's setting (default: auto)")
+    parser.add_argument(
+        "--device", choices=DEVICES, default="auto", help="of the engine (default: a GPU if there is one)"
+    )
+    parser.add_argument("--no-cuda-graphs", dest="cuda_graphs", action="store_false", help="a GPU's steps as they come")
     parser.add_argument("--served", choices=list(WEIGHTS), default="bf16", help="what serves (default: %(default)s)")
     parser.add_argument("--streams", type=numbers, default=list(STREAMS), metavar="N[,N]", help="clients at once")
     parser.add_argument("--rate", type=_rates, metavar="R[,R]", help="requests per second (default: by what it takes)")

@@ -6,6 +6,7 @@ import random
 import statistics
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -48,6 +49,8 @@ class Run:
     decode_s: tuple[float, ...]
     """The steps in which every sequence got a token and no prompt was computed."""
     wall_s: float
+    gaps_s: tuple[float, ...] = ()
+    """On a GPU, from the end of each decode step's logits to the beginning of the next step."""
 
     @property
     def prefill_rate(self) -> float:
@@ -81,14 +84,14 @@ def model_args(shape: str) -> ModelArgs:
     return ModelArgs(**SHAPES[shape], vocab_size=VOCABULARY)
 
 
-def costs(shape: str, weights: str, slots: int, length: int) -> Costs:
-    """Those of a kind of weights on the CPU."""
+def costs(shape: str, weights: str, slots: int, length: int, device: str = "cpu") -> Costs:
+    """Those of a kind of weights."""
     args = model_args(shape)
-    return Costs(args, Limits.settle(settings(weights, slots, length, None), args, "cpu"))
+    return Costs(args, Limits.settle(settings(weights, slots, length, None), args, device))
 
 
 def settings(
-    weights: str, slots: int, length: int, threads: int | None, kernels: str = "auto", together: int = 0
+    weights: str, slots: int, length: int, threads: int | None, together: int = 0, **choices: object
 ) -> EngineConfig:
     """What the engine is started with for a kind of weights; `together` are tokens that fit into one step.
 
@@ -102,8 +105,8 @@ def settings(
         dtype=dtype,
         quantization=quantization,
         threads=threads,
-        kernels=kernels,
         verify_checkpoint=False,
+        **choices,
     )
 
 
@@ -165,12 +168,35 @@ class Costs:
         return 2 * matrices * prompt + attention + 2 * args.vocab_size * args.dim
 
 
+class Marks:
+    """When the steps of a runner began and ended on its GPU."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._run, self._pairs = runner.run, []
+        runner.run = self._marked
+
+    def _marked(self, *arguments: Any) -> Any:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        logits = self._run(*arguments)
+        end.record()
+        self._pairs.append((begin, end))
+        return logits
+
+    def gaps(self, steps: int) -> tuple[float, ...]:
+        """Seconds between each of the last steps and the one behind it."""
+        torch.cuda.synchronize()
+        last = self._pairs[len(self._pairs) - steps :]
+        return tuple(end.elapsed_time(begin) / 1000 for (_, end), (begin, _) in pairwise(last))
+
+
 class EngineBench:
     """Measures one engine; no two prompts of it are alike, so that none is found in a cache."""
 
     def __init__(self, engine: Engine, args: ModelArgs, seed: int = 0) -> None:
         self.engine, self.args, self.costs = engine, args, Costs(args, engine.limits)
         self._random = random.Random(seed)
+        self._marks = Marks(engine._runner) if engine.ranks.device.startswith("cuda") else None
 
     def prompt(self, length: int) -> list[int]:
         """A random prompt."""
@@ -195,7 +221,8 @@ class EngineBench:
             before = now
         wall = time.perf_counter() - started
         assert all(sequence.generated == tokens for sequence in sequences), "a sequence ended early"
-        return Run(batch, prompt, tokens, tuple(first.values()), tuple(decode), wall)
+        gaps = self._marks.gaps(len(decode)) if self._marks is not None else ()
+        return Run(batch, prompt, tokens, tuple(first.values()), tuple(decode), wall, gaps)
 
     def warm_up(self) -> None:
         """Touch every weight once, as the first step of a process is slower than all others."""
@@ -218,6 +245,7 @@ class EngineBench:
             "bytes_per_step": size,
             "bandwidth_share": size / run.step_s / machine.read_bytes_per_s,
             "flops_share": run.batch * self.costs.prompt_flops(1) / run.step_s / machine.flops,
+            "gap_share": statistics.median(run.gaps_s) / run.step_s if run.gaps_s else None,
         }
 
     def prefill_row(self, run: Run, machine: Machine) -> dict[str, Any]:

@@ -21,8 +21,8 @@ from engine.cpu.library import COMPILERS
 PROJECT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "numpy", "transformers", "torchserve")
 # Many times the last-level cache of any machine, so that all of it comes from memory.
-READ_BYTES = 1 << 30
-PRODUCT_SIDE = 2048
+READ_BYTES, GPU_READ_BYTES = 1 << 30, 1 << 32
+PRODUCT_SIDE, GPU_PRODUCT_SIDE = 2048, 8192
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # Eight independent sums of a 64-byte line each, which is enough loads in flight for one core's share of the bandwidth.
@@ -61,7 +61,8 @@ extern "C" uint64_t read_all(const void *data, int64_t bytes, int threads) {
 class Machine:
     """The best of this machine, and what ran on it when that was measured."""
 
-    cpu: str
+    name: str
+    """Of its CPU, or of the GPU that is measured."""
     cores: int
     threads: int
     read_bytes_per_s: float
@@ -82,7 +83,7 @@ class Machine:
         ways = ", ".join(f"{name} {rate / 1e9:.1f}" for name, rate in self.read_ways.items())
         products = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in self.product_flops.items())
         return (
-            f"{self.cpu}, {self.cores} cores, {self.threads} threads, load average {self.load_average[0]:.2f}\n"
+            f"{self.name}, {self.cores} cores, {self.threads} threads, load average {self.load_average[0]:.2f}\n"
             f"read bandwidth {self.read_bytes_per_s / 1e9:.1f} GB/s ({ways}); matrix product GFLOP/s: {products}\n"
             + ", ".join(f"{name} {version}" for name, version in self.versions.items())
             + f"; commit {self.commit}"
@@ -103,6 +104,23 @@ def measure_machine(threads: int, rounds: int = 5, read_bytes: int = READ_BYTES,
     return Machine(cpu_name(), cores, threads, max(ways.values()), ways, products, load, versions(), commit_of(PROJECT))
 
 
+def measure_gpu(
+    device: str, threads: int, rounds: int = 5, read_bytes: int = GPU_READ_BYTES, side: int = GPU_PRODUCT_SIDE
+) -> Machine:
+    """The best of some rounds of a GPU: sums of its memory, copies of it (which read and write), and products."""
+    load = os.getloadavg()
+    numbers = torch.ones(read_bytes // 4, device=device)
+    moves: dict[str, Callable[[], object]] = {
+        "sum": numbers.sum,
+        "copy": lambda: numbers[: len(numbers) // 2].copy_(numbers[len(numbers) // 2 :]),
+    }
+    ways = {name: read_bytes / min(_seconds(move, device) for _ in range(rounds + 1)) for name, move in moves.items()}
+    products = {name: max(_product_rates(dtype, rounds, side, device)) for name, dtype in DTYPES.items()}
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else cpu_name()
+    cores = len(os.sched_getaffinity(0))
+    return Machine(name, cores, threads, max(ways.values()), ways, products, load, versions(), commit_of(PROJECT))
+
+
 def _read_rates(threads: int, rounds: int, size: int) -> dict[str, list[float]]:
     numbers = torch.ones(size // 8, dtype=torch.int64)
     offset = -numbers.data_ptr() % 64 // 8
@@ -114,15 +132,18 @@ def _read_rates(threads: int, rounds: int, size: int) -> dict[str, list[float]]:
     return {name: [aligned.nbytes / _seconds(read) for _ in range(rounds)] for name, read in ways.items()}
 
 
-def _product_rates(dtype: torch.dtype, rounds: int, side: int) -> list[float]:
-    left, right = (torch.randn(side, side).to(dtype) for _ in range(2))
+def _product_rates(dtype: torch.dtype, rounds: int, side: int, device: str = "cpu") -> list[float]:
+    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     left @ right
-    return [2 * side**3 / _seconds(lambda: left @ right) for _ in range(rounds)]
+    return [2 * side**3 / _seconds(lambda: left @ right, device) for _ in range(rounds)]
 
 
-def _seconds(work: Callable[[], object]) -> float:
+def _seconds(work: Callable[[], object], device: str = "cpu") -> float:
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    wait()
     started = time.perf_counter()
     work()
+    wait()
     return time.perf_counter() - started
 
 

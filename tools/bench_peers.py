@@ -1,8 +1,8 @@
 """Measure llama.cpp and Hugging Face transformers beside this project: the same weights, shapes and threads, in turns.
 
-python -m tools.peers setup      once: llama.cpp, apart from the project's environment (about 15 minutes)
-python -m tools.bench_peers      about 20 minutes; --rounds 1 for a first look
+python -m tools.bench_peers      about half an hour; --rounds 1 for a first look
 
+llama.cpp is fetched and compiled once, apart from the project's environment, which takes 10 minutes more.
 In each round everyone is measured in turn, figure by figure, so that what else the machine does meets all alike;
 figures are medians. The ratios (above 1: this project is faster) go to build/bench/ratios.json, everything to
 build/bench/peers.json. What was not measured is null.
@@ -101,7 +101,7 @@ class Comparison:
         with contextlib.ExitStack() as stack:
             cpp = {}
             if "llamacpp" in flags.parts:
-                programs = peers.programs()
+                programs = peers.setup()
                 cpp = {kind: LlamaCpp(programs, self.weights.gguf(kind), flags.threads) for kind in flags.weights}
             hf = self._transformers(stack) if "hf" in flags.parts and "bf16" in flags.weights else []
             for kind, each in tqdm(cpp.items(), desc="trying llama.cpp's flags", unit="file"):
@@ -130,7 +130,7 @@ class Comparison:
         return {kind: Visitor(make[kind], stays) for kind in kinds}
 
     def _engine(self, kind: str, slots: int, length: int, together: int = 0) -> EngineBench:
-        config = settings(kind, slots, length, self.flags.threads, together=together)
+        config = settings(kind, slots, length, self.flags.threads, together, device="cpu")
         bench = EngineBench(random_engine(self.args, config), self.args)
         bench.warm_up()
         return bench

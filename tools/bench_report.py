@@ -57,6 +57,7 @@ ENGINE = Table(
     ("first token ms", "first_token_ms", "8.0f"),
     ("of bandwidth", "bandwidth_share", "6.2f"),
     ("of FLOP/s", "flops_share", "6.2f"),
+    ("gap", "gap_share", "4.2f"),
 )
 SERVICE = Table(
     ("load", "load", "24"),

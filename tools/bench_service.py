@@ -39,7 +39,7 @@ class Shape:
 
 
 @contextlib.contextmanager
-def torchserve(weights: Weights, kind: str, slots: int, threads: int) -> Iterator[Target]:
+def torchserve(weights: Weights, kind: str, slots: int, threads: int, **choices: object) -> Iterator[Target]:
     """The service on the weights, for the time of a block."""
     dtype, quantization = WEIGHTS[kind]
     words = {
@@ -51,6 +51,7 @@ def torchserve(weights: Weights, kind: str, slots: int, threads: int) -> Iterato
         "max_seq_len": LENGTH,
         "threads": threads,
         "verify_checkpoint": "false",
+        **choices,
     }
     with server(*(f"{word}={value}" for word, value in words.items())) as running:
         yield Target("TorchServe", running.port, COMPLETIONS, answer_token())
