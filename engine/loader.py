@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 # On a CPU float32 is the fast and exact choice as long as the weights are small.
 FLOAT32_LIMIT_BYTES = 1 << 30
 SINGLE_THREAD_WEIGHTS = 1 << 20
+# The output matrix is the largest of small models, and the one that errors show most in: it has 8 bits in every scheme.
+OUTPUT = "int8"
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,8 @@ def choose_packed(quantization: str, device: str, dtype: torch.dtype) -> bool:
     if quantization == "none":
         return False
     try:
-        check_products(device, SCHEMES[quantization], dtype)
+        for name in {quantization, OUTPUT}:
+            check_products(device, SCHEMES[name], dtype)
     except NoProducts as reason:
         log.warning("quantization saves no memory and no time here, because %s", reason)
         return False
@@ -203,7 +206,7 @@ def _bytes_per_weight(name: str, shape: tuple[int, ...], args: ModelArgs, limits
     if table and not (args.tie_embeddings and limits.native):
         return limits.dtype.itemsize
     if table or name.startswith("output"):
-        scheme = SCHEMES["int8"]
+        scheme = SCHEMES[OUTPUT]
     return scheme.bits / 8 if scheme.fits(shape[1]) else limits.dtype.itemsize
 
 
@@ -295,8 +298,7 @@ def _quantize(model: Transformer, part: str, limits: Limits, ranks: Ranks) -> No
         if not isinstance(module, nn.Linear):
             continue
         weight = module.weight.to_local() if isinstance(module.weight, DTensor) else module.weight
-        # The largest matrix of small models, and the one that errors show most in: never below 8 bits.
-        scheme = SCHEMES["int8"] if name == "output" and limits.scheme.bits < 8 else limits.scheme
+        scheme = SCHEMES[OUTPUT] if name == "output" else limits.scheme
         if not scheme.fits(weight.shape[1]):
             continue
         quantized = scheme.quantize(weight)

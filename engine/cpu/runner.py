@@ -16,7 +16,7 @@ from engine.cpu import library
 from engine.cpu.arena import Arena
 from engine.cpu.packing import KINDS, PANEL, Packed, pack
 from engine.kv_cache import KVCache
-from engine.loader import Limits
+from engine.loader import OUTPUT, Limits
 from engine.sampler import adjust
 from engine.scheduler import MAX_PROMPT_LOGIT_ROWS, StepPlan
 from engine.sequence import Sequence
@@ -130,8 +130,7 @@ class CpuRunner:
 
     def _finish(self, model: Transformer, limits: Limits) -> None:
         args, ranks = model.args, dist.get_world_size(self._group) if self._group is not None else 1
-        # The largest matrix of small models, and the one that errors show most in: never below 8 bits.
-        scheme = SCHEMES["int8"] if limits.scheme is not None else None
+        scheme = SCHEMES[OUTPUT] if limits.scheme is not None else None
         embedding = _local(model.tok_embeddings)
         packed = pack(embedding if model.output is None else _local(model.output), scheme)
         output = self._matrix(packed)
