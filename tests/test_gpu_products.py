@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from types import SimpleNamespace
 
 import pytest
@@ -148,6 +149,7 @@ def test_the_check_at_the_start_finds_what_does_not_work(fault: str, monkeypatch
 def test_without_the_kernels_weights_are_rounded_and_a_warning_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.WARNING, "engine")  # which a command line before may have changed
     monkeypatch.setattr(loader, "choose_ragged", lambda *_: False)
     asked = []
 
