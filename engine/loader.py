@@ -14,11 +14,12 @@ from torch.distributed.tensor import DTensor
 from engine.checkpoint import Checkpoint, read_tensors
 from engine.config import ConfigError, DeviceError, EngineConfig
 from engine.cpu.library import MOST_HEADS_PER_KEY, NoKernels, load
-from engine.gpu.block import FusedBlock, NoFusion, check_fusion
-from engine.gpu.linear import NoProducts, QuantizedLinear, check_products
+from engine.gpu import NotOnThisGpu
+from engine.gpu.block import FusedBlock, check_fusion
+from engine.gpu.linear import QuantizedLinear, check_products
 from engine.kv_cache import KVCache
 from engine.parallel import Ranks
-from engine.ragged_cache import NoRaggedAttention, check_ragged_attention
+from engine.ragged_cache import check_ragged_attention
 from engine.scheduler import MAX_PROMPT_LOGIT_ROWS
 from llama2 import ModelArgs, RowwiseLinear, Transformer, localize, parallelize, tensor_parallel_mesh_shape
 from quant import SCHEMES, Scheme
@@ -135,33 +136,28 @@ def choose_native(config: EngineConfig, args: ModelArgs, device: str) -> bool:
 
 def choose_packed(quantization: str, device: str, dtype: torch.dtype) -> bool:
     """Whether quantized weights stay quantized on a GPU: if its kernels work."""
-    if quantization == "none":
-        return False
-    try:
-        for name in {quantization, OUTPUT}:
-            check_products(device, SCHEMES[name], dtype)
-    except NoProducts as reason:
-        log.warning("quantization saves no memory and no time here, because %s", reason)
-        return False
-    return True
+    schemes = {quantization, OUTPUT} if quantization != "none" else set()
+    without = "quantization saves no memory and no time here, because %s"
+    return bool(schemes) and all(_works(without, check_products, device, SCHEMES[each], dtype) for each in schemes)
 
 
 def choose_ragged(args: ModelArgs, device: str, dtype: torch.dtype) -> bool:
     """Whether one call attends for all sequences on a GPU: if PyTorch's `varlen_attn` works there."""
-    try:
-        check_ragged_attention(device, dtype, args.n_heads // args.n_kv_heads, 1, args.head_dim)
-    except NoRaggedAttention as reason:
-        log.warning("attention reads more than it needs, because PyTorch's varlen_attn cannot be used: %s", reason)
-        return False
-    return True
+    without = "attention reads more than it needs, because PyTorch's varlen_attn cannot be used: %s"
+    return _works(without, check_ragged_attention, device, dtype, args.n_heads // args.n_kv_heads, 1, args.head_dim)
 
 
 def choose_fused(args: ModelArgs, device: str, dtype: torch.dtype) -> bool:
     """Whether a GPU computes a layer in few kernels: if they work there."""
+    return _works("a step takes more launches than it need, because %s", check_fusion, device, dtype, args)
+
+
+def _works(without: str, check: Callable[..., None], *arguments: object) -> bool:
+    """Whether a check passes; a warning says what is lost if it does not."""
     try:
-        check_fusion(device, dtype, args)
-    except NoFusion as reason:
-        log.warning("a step takes more launches than it need, because %s", reason)
+        check(*arguments)
+    except NotOnThisGpu as reason:
+        log.warning(without, reason)
         return False
     return True
 

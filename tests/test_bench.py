@@ -8,6 +8,7 @@ import json
 import math
 import sys
 import threading
+import weakref
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -110,6 +111,24 @@ def test_gaps_between_a_gpus_steps_are_those_of_the_last_ones(monkeypatch):
             next(clock)
     assert marks.gaps(4) == (6.0, 1.0, 3.0)
     assert marks.gaps(3) == (1.0, 3.0)
+
+
+def test_an_engine_that_makes_room_comes_again_when_it_is_asked_for():
+    made = []
+
+    def make():
+        made.append(weakref.ref(bench := tiny_bench()))
+        return bench
+
+    for stays, expected in ((True, 1), (False, 2)):
+        made.clear()
+        visitor = bench_peers.Visitor(make, stays)
+        assert not made
+        for _ in range(2):
+            assert visitor.run(1, 4, 2).tokens == 2
+            visitor.make_room()
+            assert (made[-1]() is not None) == stays
+        assert len(made) == expected
 
 
 def test_percentiles_are_values_that_were_measured():

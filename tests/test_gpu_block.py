@@ -15,10 +15,10 @@ import pytest
 import torch
 from tiny_models import TINY, filling, limits
 
-from engine import loader, ragged_cache
+from engine import loader
 from engine.config import EngineConfig
-from engine.gpu import block
-from engine.gpu.block import FusedBlock, NoFusion, check_fusion
+from engine.gpu import NotOnThisGpu, block
+from engine.gpu.block import FusedBlock, check_fusion
 from engine.gpu.linear import QuantizedLinear
 from engine.loader import Limits
 from engine.parallel import Launch, Ranks
@@ -126,7 +126,7 @@ def test_the_check_at_the_start_finds_what_does_not_work(
     faulty = type("Faulty", (), {each: staticmethod(getattr(pointwise, each)) for each in names})
     setattr(faulty, name, staticmethod(fault))
     monkeypatch.setattr(block, "_pointwise", lambda: faulty)
-    with pytest.raises(NoFusion, match=reason):
+    with pytest.raises(NotOnThisGpu, match=reason):
         check_fusion(DEVICE, torch.float16, TINY)
 
 
@@ -139,10 +139,10 @@ def test_a_gpu_without_it_is_told_so_and_served_all_the_same(
     def check(*arguments: object) -> None:
         asked.append(arguments)
         if len(asked) == 2:
-            raise NoFusion("Triton is not installed")
+            raise NotOnThisGpu("Triton is not installed")
 
     def no_ragged_attention(*_: object) -> None:
-        raise ragged_cache.NoRaggedAttention("it takes no float32")
+        raise NotOnThisGpu("it takes no float32")
 
     monkeypatch.setattr(loader, "check_fusion", check)
     monkeypatch.setattr(loader, "check_ragged_attention", lambda *_: None)

@@ -12,8 +12,8 @@ from tiny_models import TINY, filling, limits
 
 from engine import loader
 from engine.config import EngineConfig
-from engine.gpu import linear
-from engine.gpu.linear import NoProducts, QuantizedLinear, check_products
+from engine.gpu import NotOnThisGpu, linear
+from engine.gpu.linear import QuantizedLinear, check_products
 from engine.loader import Limits, memory_need
 from engine.parallel import Launch, Ranks
 from engine.runner import Runner
@@ -126,7 +126,7 @@ def test_a_gpu_that_is_too_old_is_named(
     capability: tuple[int, int], scheme: str, refused: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    with pytest.raises(NoProducts, match=refused):
+    with pytest.raises(NotOnThisGpu, match=refused):
         check_products("cuda:0", SCHEMES[scheme], torch.float16)
 
 
@@ -142,7 +142,7 @@ def test_the_check_at_the_start_finds_what_does_not_work(fault: str, monkeypatch
 
     monkeypatch.setattr(linear, "_product", lambda: faulty)
     reason = "RuntimeError: no C compiler" if fault == "raises" else "came out wrong in a test"
-    with pytest.raises(NoProducts, match=reason):
+    with pytest.raises(NotOnThisGpu, match=reason):
         check_products(DEVICE, SCHEMES["int4"], torch.float16)
 
 
@@ -156,7 +156,7 @@ def test_without_the_kernels_weights_are_rounded_and_a_warning_says_so(
     def check(*arguments: object) -> None:
         asked.append(arguments)
         if len(asked) == 3:
-            raise NoProducts("Triton is not installed")
+            raise NotOnThisGpu("Triton is not installed")
 
     monkeypatch.setattr(loader, "check_products", check)
     settled = [

@@ -13,8 +13,9 @@ from tiny_models import TINY, engine_of, finish, limits, model_of, random_weight
 
 from engine import loader, ragged_cache
 from engine.config import EngineConfig
+from engine.gpu import NotOnThisGpu
 from engine.loader import Limits
-from engine.ragged_cache import NoRaggedAttention, check_ragged_attention
+from engine.ragged_cache import check_ragged_attention
 from engine.runner import Runner
 from engine.scheduler import Copy, Segment, StepPlan
 from engine.sequence import SamplingParams
@@ -116,7 +117,7 @@ def test_the_check_at_the_start_finds_what_does_not_work(
 ) -> None:
     check_ragged_attention("cpu", torch.bfloat16, heads, 1, 64)
     monkeypatch.setattr(ragged_cache, "varlen_attn", _with(change))
-    with pytest.raises(NoRaggedAttention, match=reason):
+    with pytest.raises(NotOnThisGpu, match=reason):
         check_ragged_attention("cpu", torch.bfloat16, heads, 1, 64)
 
 
@@ -129,7 +130,7 @@ def test_a_gpu_without_it_is_told_so_once_and_served_all_the_same(
     def check(*arguments: object) -> None:
         asked.append(arguments)
         if len(asked) == 2:
-            raise NoRaggedAttention("it came out wrong in a test")
+            raise NotOnThisGpu("it came out wrong in a test")
 
     monkeypatch.setattr(loader, "check_ragged_attention", check)
     monkeypatch.setattr(loader, "choose_fused", lambda *_: False)

@@ -8,13 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from engine.gpu import NotOnThisGpu
 from engine.ragged_cache import RaggedCache
 from engine.scheduler import Segment
 from llama2 import ModelArgs, TransformerBlock
-
-
-class NoFusion(Exception):
-    """This machine cannot compute a layer so; the message says why."""
 
 
 class FusedBlock(nn.Module):
@@ -53,7 +50,7 @@ def _side_by_side(*layers: nn.Linear) -> nn.Linear:
 
 
 def check_fusion(device: str, dtype: torch.dtype, args: ModelArgs) -> None:
-    """Compute a small layer both ways, and raise `NoFusion` if that does not work here or comes out wrong."""
+    """Compute a small layer both ways, and raise `NotOnThisGpu` if that does not work here or comes out wrong."""
     random = torch.Generator().manual_seed(0)
     small = ModelArgs(
         dim=200, n_layers=1, n_heads=4, n_kv_heads=2, head_dim=args.head_dim, ffn_hidden_dim=1100, vocab_size=1
@@ -74,9 +71,9 @@ def check_fusion(device: str, dtype: torch.dtype, args: ModelArgs) -> None:
             cache.begin(segments, positions_N)
             found.append((layer(x_ND, angles.cos(), angles.sin(), cache), cache.keys_LBKTH, cache.values_LBKTH))
     except ImportError as error:
-        raise NoFusion(f"Triton is not installed: {error}") from error
+        raise NotOnThisGpu(f"Triton is not installed: {error}") from error
     except Exception as error:  # Triton's compiler, the C compiler that it calls, the driver: each has its own kinds
-        raise NoFusion(f"Triton's kernels do not run: {type(error).__name__}: {error}") from error
+        raise NotOnThisGpu(f"Triton's kernels do not run: {type(error).__name__}: {error}") from error
     for expected, ours in zip(*found, strict=True):
         if not (ours.float() - expected.float()).abs().max() <= 0.02 * expected.float().abs().max():
-            raise NoFusion("a layer came out wrong in a test")
+            raise NotOnThisGpu("a layer came out wrong in a test")

@@ -9,15 +9,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.gpu import NotOnThisGpu
 from quant import Quantized, Scheme
 from quant.int4 import Int4
 
 # What a GPU needs at least: Ampere's tensor cores, and for fp8 instructions that read it.
 _CAPABILITY, _CAPABILITY_FP8 = (8, 0), (8, 9)
-
-
-class NoProducts(Exception):
-    """This machine cannot multiply with weights that stay quantized; the message says why."""
 
 
 class QuantizedLinear(nn.Module):
@@ -57,14 +54,14 @@ def _pair(numbers: Tensor, scales: Tensor, group: int) -> tuple[Tensor, Tensor]:
 
 
 def check_products(device: str, scheme: Scheme, dtype: torch.dtype) -> None:
-    """Multiply something small, and raise `NoProducts` if that does not work here or comes out wrong."""
+    """Multiply something small, and raise `NotOnThisGpu` if that does not work here or comes out wrong."""
     try:
         if device.startswith("cuda"):
             needed = _CAPABILITY_FP8 if scheme.name == "fp8" else _CAPABILITY
             found = torch.cuda.get_device_capability(device)
             if found < needed:
                 numbers = (".".join(map(str, each)) for each in (needed, found))
-                raise NoProducts(
+                raise NotOnThisGpu(
                     "{} needs a GPU of compute capability {}; this one has {}".format(scheme.name, *numbers)
                 )
         random = torch.Generator().manual_seed(0)
@@ -74,10 +71,10 @@ def check_products(device: str, scheme: Scheme, dtype: torch.dtype) -> None:
             x = torch.randn(tokens, 384, generator=random).to(device, dtype)
             expected = x.float() @ weight_t
             if not (layer(x).float() - expected).abs().max() <= 0.02 * expected.abs().max():
-                raise NoProducts("its products came out wrong in a test")
+                raise NotOnThisGpu("its products came out wrong in a test")
     except ImportError as error:
-        raise NoProducts(f"Triton is not installed: {error}") from error
-    except NoProducts:
+        raise NotOnThisGpu(f"Triton is not installed: {error}") from error
+    except NotOnThisGpu:
         raise
     except Exception as error:  # Triton's compiler, the C compiler that it calls, the driver: each has its own kinds
-        raise NoProducts(f"Triton's kernels do not run: {type(error).__name__}: {error}") from error
+        raise NotOnThisGpu(f"Triton's kernels do not run: {type(error).__name__}: {error}") from error
