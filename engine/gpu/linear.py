@@ -46,9 +46,9 @@ def _product() -> Callable[[Tensor, Tensor, Tensor, int | None], Tensor]:
 
 
 def _pair(numbers: Tensor, scales: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """Each byte gets a number of a row's first half and one of its second; an odd last group gets one of zeros."""
+    """Each byte gets a number of a row's first half and one of its second; an odd last group gets one with scale 0."""
     if scales.shape[1] % 2:
-        numbers, scales = F.pad(numbers, (0, group), value=8), F.pad(scales, (0, 1))
+        numbers, scales = F.pad(numbers, (0, group)), F.pad(scales, (0, 1))
     first, second = numbers.chunk(2, 1)
     return first | second << 4, scales
 
