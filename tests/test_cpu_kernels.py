@@ -8,7 +8,9 @@ import random
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -38,8 +40,16 @@ MODELS = {
         dim=384, n_layers=2, n_heads=6, n_kv_heads=1, vocab_size=300, multiple_of=32, tie_embeddings=True
     ),
 }
-# Every kind of CPU that the kernels are compiled for differently, as far as this one can play it.
-LACKING = {"all there is": (), "no tiles": ("amx_tile",), "no bfloat16": ("avx512_bf16",), "AVX2 only": ("avx512f",)}
+# Every kind of CPU that the kernels are compiled for differently, and what it has above AVX2. This one plays it: tiles
+# and products of bfloat16 that it lacks are emulated, AVX-512 is not.
+KINDS = {
+    "AMX": (library.WIDE, library.PAIRS, library.TILES),
+    "bfloat16": (library.WIDE, library.PAIRS),
+    "AVX-512": (library.WIDE,),
+    "AVX2": (),
+}
+EMULATED = Path(__file__).with_name("emulated.h")
+PAIRS = 'asm("vdpbf16ps %2, %1, %0" : "+v"(sums) : "v"(a), "v"(b));'
 ON_CPU = [name for name in SCHEMES if name != "fp8"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # What float32 activations and a cache in the model's own dtype leave; activations beside int4 have 8 bits.
@@ -87,14 +97,45 @@ def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
-@pytest.fixture(params=LACKING)
-def cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CPU that has these instructions or lacks them."""
-    there = library._cpu_flags()
-    without = there.difference(LACKING[request.param])
-    if request.param != "all there is" and library._instructions(without) == library._instructions(there):
-        pytest.skip(f"this CPU has none of {', '.join(LACKING[request.param])}: the same as 'all there is'")
-    monkeypatch.setattr(library, "_cpu_flags", lambda: without)
+@pytest.fixture(scope="session")
+def without_pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The kernels' sources with the one instruction that is written as such, for products of pairs, emulated."""
+    folder = tmp_path_factory.mktemp("without-pairs")
+    for name in library.SOURCES:
+        shutil.copy(Path(library.__file__).with_name(name), folder)
+    source = (folder / "vector.h").read_text()
+    assert source.count(PAIRS) == 1
+    (folder / "vector.h").write_text(source.replace(PAIRS, "return emulated::add_pairs(sums, a, b);"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def emulated_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where kernels with emulated instructions are kept: not where a server looks for its own."""
+    return tmp_path_factory.mktemp("emulated")
+
+
+@pytest.fixture(params=KINDS)
+def cpu(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, without_pairs: Path, emulated_library: Path
+) -> Iterator[None]:
+    """A CPU of this kind."""
+    there, levels = library._cpu_flags(), KINDS[request.param]
+    if levels and not there.issuperset(library.WIDE):
+        pytest.skip(f"this CPU lacks some of {', '.join(library.WIDE)}, which are not emulated")
+    monkeypatch.setattr(library, "_cpu_flags", lambda: {*library.NEEDED, *chain.from_iterable(levels)})
+    lacking = {
+        name
+        for name, level in (("EMULATED_PAIRS", library.PAIRS), ("EMULATED_TILES", library.TILES))
+        if level in levels and not there.issuperset(level)
+    }
+    if lacking:
+        flags = ("-include", str(EMULATED), *(f"-D{name}" for name in sorted(lacking)))
+        monkeypatch.setattr(library, "FLAGS", (*library.FLAGS, *flags))
+        monkeypatch.setattr(library, "_own_folder", lambda: emulated_library)
+    if "EMULATED_PAIRS" in lacking:
+        compiled = library._compile
+        monkeypatch.setattr(library, "_compile", lambda source, *others: compiled(without_pairs / source.name, *others))
     library.load.cache_clear()
     yield
     library.load.cache_clear()
@@ -142,9 +183,10 @@ def test_a_sequences_numbers_do_not_depend_on_company_or_threads(scheme: torch.d
             runner = CpuRunner(model_of(args, weights_of(args, dtype)), sizes)
             rows = [runner.run(StepPlan((Segment(0, 0, tuple(tokens[0][:30]), 1),)))[0].clone()]
             for position in range(30, 34):
-                own = Segment(0, position, (tokens[0][position],), 1)
-                others = [Segment(slot, position - 30, (tokens[slot][position],), 1) for slot in range(1, company)]
-                rows.append(runner.run(StepPlan((own, *others)))[0].clone())
+                step = [Segment(slot, position - 30, (tokens[slot][position],), 1) for slot in range(1, company)]
+                place = position % company
+                step.insert(place, Segment(0, position, (tokens[0][position],), 1))
+                rows.append(runner.run(StepPlan(tuple(step)))[place].clone())
             results.append(torch.stack(rows))
     finally:
         torch.set_num_threads(before)
