@@ -79,8 +79,8 @@ class Model {
         values_.fit(most * widest * 4);
         pairs_.fit(whole * widest * 2);
         narrow_.fit(whole * widest);
-        scales_.fit(most * widest / BLOCK * 4);
-        offsets_.fit(most * widest / BLOCK * 4);
+        scales_.fit(whole * widest / BLOCK * 4);
+        offsets_.fit(whole * widest / BLOCK * 4);
         samplers_.resize(shape.threads);
         scratch_.resize(shape.threads);
         for (auto& scratch : scratch_) scratch.fit(shape.positions, shape.heads / shape.kv_heads, shape.width);
@@ -114,9 +114,9 @@ class Model {
     }
 
    private:
-    Activations activations(int64_t columns) {
-        return {values_.as<float>(), pairs_.as<uint16_t>(),  narrow_.as<int8_t>(), scales_.as<float>(),
-                offsets_.as<int32_t>(), stride_of(columns)};
+    Activations activations(int64_t columns, int64_t tokens) {
+        return {values_.as<float>(), pairs_.as<uint16_t>(), narrow_.as<int8_t>(), scales_.as<float>(),
+                offsets_.as<int32_t>(), stride_of(columns), tokens};
     }
 
     float* residual(int64_t token) { return residual_.as<float>() + token * residual_stride_; }
@@ -157,9 +157,9 @@ class Model {
     }
 
     // The normalised residual stream of `token`, as activation number `to`, in the form that `w` wants.
-    void normalise(const Step& step, int64_t token, int64_t to, const float* gain, const Matrix& w) {
+    void normalise(const Step& step, int64_t token, const Activations& a, int64_t to, const float* gain,
+                   const Matrix& w) {
         float* x = residual(token);
-        const Activations a = activations(shape_.dim);
         if (shape_.partial) {
             const float* more = step.sums + token * shape_.dim;
             for (int64_t i = 0; i < shape_.dim; i++) x[i] += more[i];
@@ -205,10 +205,11 @@ class Model {
         cache.values = weights_.values + bytes;
         float* qkv = qkv_.as<float>();
 
+        const Activations before = activations(shape_.dim, step.tokens);
         team_.share(phase, step.tokens, 1, [&](int64_t token, int64_t) {
-            normalise(step, token, token, layer.attention_norm, layer.qkv);
+            normalise(step, token, before, token, layer.attention_norm, layer.qkv);
         });
-        product(phase, layer.qkv, activations(shape_.dim), step.tokens, qkv, qkv_stride_, false);
+        product(phase, layer.qkv, before, step.tokens, qkv, qkv_stride_, false);
         team_.share(phase, step.tokens, 1, [&](int64_t token, int64_t) {
             float* x = qkv + token * qkv_stride_;
             const int64_t position = step.positions[token], slot = step.slots[token];
@@ -220,7 +221,7 @@ class Model {
                 store_as(cache.kind, cache.values + place, x + queries + keys + head * width, width);
             }
         });
-        const Activations a = activations(queries);
+        const Activations a = activations(queries, step.tokens);
         const int64_t singles = step.singles * shape_.kv_heads;
         int64_t blocks = 0;
         for (int64_t i = 0; i < step.chunks; i++) blocks += (step.chunk[i].count + QUERIES - 1) / QUERIES;
@@ -266,11 +267,12 @@ class Model {
     void feed_forward(const Step& step, int64_t number, int& phase) {
         const Layer& layer = layers_[number];
         float* gate = gate_.as<float>();
+        const Activations before = activations(shape_.dim, step.tokens);
         team_.share(phase, step.tokens, 1, [&](int64_t token, int64_t) {
-            normalise(step, token, token, layer.ffn_norm, layer.gate_up);
+            normalise(step, token, before, token, layer.ffn_norm, layer.gate_up);
         });
-        product(phase, layer.gate_up, activations(shape_.dim), step.tokens, gate, gate_stride_, false);
-        const Activations a = activations(shape_.hidden);
+        product(phase, layer.gate_up, before, step.tokens, gate, gate_stride_, false);
+        const Activations a = activations(shape_.hidden, step.tokens);
         team_.share(phase, step.tokens, 1, [&](int64_t token, int64_t) {
             const float* x = gate + token * gate_stride_;
             float* out = a.values + token * a.stride;
@@ -284,10 +286,11 @@ class Model {
     }
 
     void head(const Step& step, int& phase) {
+        const Activations a = activations(shape_.dim, step.rows);
         team_.share(phase, step.rows, 1, [&](int64_t row, int64_t) {
-            normalise(step, step.wanted[row], row, weights_.norm, weights_.output);
+            normalise(step, step.wanted[row], a, row, weights_.norm, weights_.output);
         });
-        product(phase, weights_.output, activations(shape_.dim), step.rows, step.logits, step.logits_stride,
+        product(phase, weights_.output, a, step.rows, step.logits, step.logits_stride,
                 false);
     }
 

@@ -1,4 +1,4 @@
-"""Weights in the order in which the kernels read them: panels of sixteen rows, column by column (see linear.h)."""
+"""Weights in the order in which the kernels read them: panels of sixteen rows, column by column (see packed.h)."""
 
 from __future__ import annotations
 

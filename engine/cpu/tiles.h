@@ -148,7 +148,7 @@ static void pairs_block(const Matrix& w, const Activations& a, int64_t token, bo
 template <int KIND, Bits BITS>
 static inline void add_sums(const Matrix& w, const Activations& a, int64_t token, int64_t from, int64_t count,
                             int64_t panel, int64_t next, int64_t b, const WholeBlock& sums, Block& totals) {
-    const int64_t per_token = a.stride / block_of(KIND);
+    const int64_t place = a.place<KIND>(token, b), each = a.each<KIND>();
     Floats scale[2];
     if constexpr (KIND == INT4) {
         const int64_t groups = w.columns / w.group, group = b / (w.group / BLOCK);
@@ -157,11 +157,10 @@ static inline void add_sums(const Matrix& w, const Activations& a, int64_t token
         scale[1] = load_as<FLOAT16>(scales + (next * groups + group) * PANEL * 2);
     }
     for (int64_t m = from; m < count; m++) {
-        const int64_t place = (token + m) * per_token + b;
-        const Floats factor = all(a.scales[place]);
+        const Floats factor = all(a.scales[place + m * each]);
         UNROLL for (int i = 0; i < 2; i++) {
             __m512i dots = _mm512_load_si512(sums[m] + i * PANEL);
-            if constexpr (BITS == UNSIGNED) dots = _mm512_sub_epi32(dots, _mm512_set1_epi32(a.offsets[place]));
+            if constexpr (BITS == UNSIGNED) dots = _mm512_add_epi32(dots, _mm512_set1_epi32(a.offsets[place + m * each]));
             float* to = totals[m] + i * PANEL;
             store(to, fused(Floats{_mm512_cvtepi32_ps(dots)}, KIND == INT4 ? factor * scale[i] : factor, load(to)));
         }
@@ -184,7 +183,7 @@ static void whole_block(const Matrix& w, const Activations& a, int64_t token, in
                 ahead_of_tile(p + k * PANEL);
                 ahead_of_tile(q + k * PANEL);
             }
-            multiply_tiles<BITS>(a.narrow + token * a.stride + k, a.stride, more, p + k * PANEL, q + k * PANEL);
+            multiply_tiles<BITS>(a.narrow_at(token, k), a.between(), more, p + k * PANEL, q + k * PANEL);
         }
         // The last block's, while this one's products are on their way.
         if (b > 0) add_sums<KIND, BITS>(w, a, token, 0, std::min(count, TILE_SIDE), panel, next, b - 1, sums, totals);
@@ -208,7 +207,7 @@ template <int KIND, Bits BITS>
 static void tiles_of(const Matrix& w, const Activations& a, int64_t tokens, int64_t first, int64_t last, float* y,
                      int64_t stride, bool add) {
     const Tiles tiles(KIND == INT4 ? BLOCK : LINE);
-    const char* data = static_cast<const char*>(w.data) + first * w.panel_bytes();
+    const char* data = w.panel(first);
     if constexpr (BITS == SIGNED) data = as_signed<KIND>(data, (last - first) * w.panel_bytes());
     const int64_t bytes = w.panel_bytes() * (KIND == INT4 ? 2 : 1);
     for (int64_t token = 0; token < tokens; token += TWO_SIDES) {
@@ -261,7 +260,7 @@ static void multiply(const Matrix& w, const Activations& a, int64_t tokens, int6
 
 // How many panels a thread takes at once: with many tokens as much as its cache can hold while they pass by.
 static int64_t share_of(const Matrix& w, int64_t tokens, int64_t threads) {
-    if (tokens <= TILE_SIDE || !go_by_tiles(w, tokens)) return CHUNK;
+    if (tokens <= TILE_SIDE || !go_by_tiles(w, tokens)) return w.panels() < 16 * CHUNK * threads ? CHUNK : 2 * CHUNK;
     constexpr int64_t CACHED = 1 << 20;
     const int64_t bytes = w.panel_bytes() * (w.kind == INT4 ? 2 : 1);
     const int64_t most = std::min(CACHED / bytes, w.panels() / (4 * threads));

@@ -1,0 +1,75 @@
+// How weights lie in memory, and the activations that they are multiplied with.
+//
+// A panel holds PANEL rows of a weight matrix, column by column, so that one instruction works on its rows and an
+// activation is broadcast to them.
+//
+//   float32, float16   [panel][column][16]
+//   bfloat16           [panel][column / 2][16][2], filled up to 32 columns; where the CPU multiplies pairs, activations
+//                      are bfloat16 too
+//   int8               [panel][column / 4][16][4], filled up to 64 columns, unsigned with an offset of 128, one scale
+//                      per row; activations are 8 bits wide with a scale for every 128
+//   int4               [panel][column / 8][16][4]: bytes of two columns that are four apart, unsigned with an offset of
+//                      8; scales [panel][column / group][16] in float16; activations have a scale for every 32
+#pragma once
+
+#include "vector.h"
+
+constexpr int64_t PANEL = LANES;
+constexpr int64_t BLOCK = 32;   // columns that share one activation scale beside int4 weights
+constexpr int64_t ROUND = 128;  // the same beside int8, and what activations are filled up to with zeros
+constexpr int64_t CHUNK = 4;    // panels that a thread takes at once, or twice as many of large matrices
+constexpr int64_t FEW = 16;     // tokens whose activations lie side by side
+constexpr int64_t AHEAD = 2048;  // bytes of a panel that are asked for before they are needed
+
+constexpr int64_t block_of(int kind) { return kind == INT4 ? BLOCK : ROUND; }
+
+static int64_t padded(int64_t count) { return (count + ROUND - 1) / ROUND * ROUND; }
+
+// How far apart many tokens lie: not a power of two, for then all would compete for the same few lines of the cache.
+static int64_t stride_of(int64_t count) { return padded(count) + ROUND; }
+
+struct Matrix {
+    int32_t kind;
+    int32_t group;  // columns that share one int4 scale
+    int64_t rows;
+    int64_t columns;
+    const void* data;
+    const void* scales;
+
+    int64_t panels() const { return (rows + PANEL - 1) / PANEL; }
+    const char* panel(int64_t number) const { return static_cast<const char*>(data) + number * panel_bytes(); }
+    int64_t panel_bytes() const {
+        switch (kind) {
+            case FLOAT32: return PANEL * columns * 4;
+            case FLOAT16: return PANEL * columns * 2;
+            case BFLOAT16: return PANEL * ((columns + 31) / 32 * 32) * 2;
+            case INT8: return PANEL * ((columns + 63) / 64 * 64);
+            default: return PANEL * columns / 2;
+        }
+    }
+};
+
+// The tokens of a step, in whatever form the next matrix wants them. Whole numbers of few tokens lie as they are read,
+// in pieces of ROUND columns, [piece][token][ROUND]; those of more as [token][stride].
+struct Activations {
+    float* values;     // [token][stride]
+    uint16_t* pairs;   // [token][stride], for bfloat16 weights
+    int8_t* narrow;    // for weights of whole numbers
+    float* scales;     // one for every block of them: [block][token], or [token][stride / block]
+    int32_t* offsets;  // the same: what a block's sum begins with, as the weights' offset adds so much to it
+    int64_t stride;
+    int64_t tokens;
+
+    bool few() const { return tokens <= FEW; }
+    int64_t between() const { return few() ? ROUND : stride; }  // one token of `narrow` and the next
+    int8_t* narrow_at(int64_t token, int64_t column) const {
+        return narrow + token * between() + column / ROUND * (few() ? tokens * ROUND : ROUND) + column % ROUND;
+    }
+    // Where the scale and the offset of a block are, and how far behind them those of the next token.
+    template <int KIND>
+    int64_t place(int64_t token, int64_t block) const {
+        return few() ? block * tokens + token : token * each<KIND>() + block;
+    }
+    template <int KIND>
+    int64_t each() const { return few() ? 1 : stride / block_of(KIND); }
+};

@@ -1,0 +1,221 @@
+// Products with weights of whole numbers: four or eight columns of sixteen rows at once, and one scale for a block's sum.
+#pragma once
+
+#include "packed.h"
+
+#ifdef WIDE
+
+struct Bytes {
+    __m512i v;
+};
+template <int KIND>
+struct Dots {
+    __m512i v;
+};
+template <int KIND>
+constexpr int32_t OFFSET = KIND == INT4 ? 8 : 128;
+
+static inline Bytes load_bytes(const char* p) { return {_mm512_loadu_si512(p)}; }
+static inline Bytes low_halves(Bytes x) { return {_mm512_and_si512(x.v, _mm512_set1_epi8(15))}; }
+static inline Bytes high_halves(Bytes x) {
+    return {_mm512_and_si512(_mm512_srli_epi16(x.v, 4), _mm512_set1_epi8(15))};
+}
+template <int KIND>
+static inline Dots<KIND> begin(int32_t offset) {
+    return {_mm512_set1_epi32(offset)};
+}
+template <int KIND>
+static inline Dots<KIND> dot(Dots<KIND> sums, Bytes w, int32_t four) {
+    return {add_bytes(sums.v, w.v, _mm512_set1_epi32(four))};
+}
+template <int KIND>
+static inline Floats total(Dots<KIND> sums, int32_t) {
+    return {_mm512_cvtepi32_ps(sums.v)};
+}
+
+#else
+
+struct Bytes {
+    __m256i low, high;
+};
+// Beside int8 the sums are 32 bits wide; beside int4 sixteen, where a block's eight products of at most 15 * 127 * 2 fit.
+template <int KIND>
+struct Dots {
+    __m256i low, high;
+};
+template <int KIND>
+constexpr int32_t OFFSET = KIND == INT4 ? 8 : 0;
+
+// Written as instructions, because GCC moves additions of whole numbers behind all products and runs out of registers.
+static inline void add32(__m256i& sum, __m256i v) { asm("vpaddd %1, %0, %0" : "+x"(sum) : "x"(v)); }
+static inline void add16(__m256i& sum, __m256i v) { asm("vpaddw %1, %0, %0" : "+x"(sum) : "x"(v)); }
+
+static inline Bytes load_bytes(const char* p) {
+    const __m256i* v = reinterpret_cast<const __m256i*>(p);
+    return {_mm256_loadu_si256(v), _mm256_loadu_si256(v + 1)};
+}
+static inline Bytes low_halves(Bytes x) {
+    const __m256i mask = _mm256_set1_epi8(15);
+    return {_mm256_and_si256(x.low, mask), _mm256_and_si256(x.high, mask)};
+}
+static inline Bytes high_halves(Bytes x) {
+    const __m256i mask = _mm256_set1_epi8(15);
+    return {_mm256_and_si256(_mm256_srli_epi16(x.low, 4), mask), _mm256_and_si256(_mm256_srli_epi16(x.high, 4), mask)};
+}
+template <int KIND>
+static inline Dots<KIND> begin(int32_t) {
+    return {_mm256_setzero_si256(), _mm256_setzero_si256()};
+}
+// Bytes have no signed product: the sign of the weight goes to the activation.
+static inline __m256i signed_products(__m256i w, __m256i x) {
+    w = _mm256_xor_si256(w, _mm256_set1_epi8(-128));
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
+    return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+}
+template <int KIND>
+static inline Dots<KIND> dot(Dots<KIND> sums, Bytes w, int32_t four) {
+    const __m256i x = _mm256_set1_epi32(four);
+    if constexpr (KIND == INT4) {
+        add16(sums.low, _mm256_maddubs_epi16(w.low, x));
+        add16(sums.high, _mm256_maddubs_epi16(w.high, x));
+    } else {
+        add32(sums.low, signed_products(w.low, x));
+        add32(sums.high, signed_products(w.high, x));
+    }
+    return sums;
+}
+template <int KIND>
+static inline Floats total(Dots<KIND> sums, int32_t offset) {
+    if constexpr (KIND == INT4) {
+        const __m256i ones = _mm256_set1_epi16(1), begun = _mm256_set1_epi32(offset);
+        sums.low = _mm256_add_epi32(_mm256_madd_epi16(sums.low, ones), begun);
+        sums.high = _mm256_add_epi32(_mm256_madd_epi16(sums.high, ones), begun);
+    }
+    return {_mm256_cvtepi32_ps(sums.low), _mm256_cvtepi32_ps(sums.high)};
+}
+
+#endif
+
+// --- activations ---
+
+static inline void narrow_sixteen(int8_t* to, Floats x, __m256i& sums) {
+    __m256 low, high;
+    halves(x, low, high);
+    const __m256i a = _mm256_cvtps_epi32(low), b = _mm256_cvtps_epi32(high);
+    sums = _mm256_add_epi32(sums, _mm256_add_epi32(a, b));
+    const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                     _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+}
+
+template <int KIND>
+static void narrow_activations(const Activations& a, int64_t token, int64_t columns) {
+    constexpr int64_t EACH = block_of(KIND);
+    const int64_t blocks = (columns + EACH - 1) / EACH;
+    const float* x = a.values + token * a.stride;
+    for (int64_t b = 0; b < blocks; b++, x += EACH) {
+        int8_t* q = a.narrow_at(token, b * EACH);
+        const int64_t place = a.place<KIND>(token, b);
+        Floats most = zeros(), none = zeros();
+        for (int64_t i = 0; i < EACH; i += LANES) {
+            const Floats v = load(x + i);
+            most = larger(magnitude(v), most);
+            none = fused(v, zeros(), none);  // zero, unless something is no number or infinite
+        }
+        const float magnitude = largest_of(most);
+        const Floats factor = all(magnitude > 0 ? 127.0f / magnitude : 0.0f);
+        __m256i sums = _mm256_setzero_si256();
+        for (int64_t i = 0; i < EACH; i += LANES) narrow_sixteen(q + i, load(x + i) * factor, sums);
+        __m128i s = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
+        s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+        s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1));
+        a.offsets[place] = -OFFSET<KIND> * _mm_cvtsi128_si32(s);
+        a.scales[place] = magnitude / 127.0f + sum_of(none);
+    }
+}
+
+// The sums of one block of columns, whose weights are at `p`. Meanwhile N lines in every step, from one panel after the
+// other, are asked for, beginning at `next`.
+template <int KIND, int M, int P, int N>
+static inline void whole_sums(const Activations& a, int64_t token, int64_t b, int64_t columns,
+                              const char* const (&p)[P], const char* const (&next)[P], Dots<KIND> (&sums)[M][P]) {
+    constexpr int64_t EACH = block_of(KIND), STEP = KIND == INT4 ? 8 : 4;  // columns in 64 bytes of a panel
+    constexpr int TURN = N == P ? 1 : 4;  // steps that are written out, so that every panel gets its turn
+    if (M > 6 && !a.few()) __builtin_unreachable();  // then all lie at places that the compiler knows
+    const int64_t between = a.between(), each = a.each<KIND>();
+    const int8_t* x[M];
+    x[0] = a.narrow_at(token, b * EACH);
+    UNROLL for (int m = 1; m < M; m++) x[m] = x[m - 1] + between;
+    const int32_t* offset = a.offsets + a.place<KIND>(token, b);
+    UNROLL for (int m = 0; m < M; m++, offset += each)
+        UNROLL for (int i = 0; i < P; i++) sums[m][i] = begin<KIND>(*offset);
+    const int64_t steps = (std::min(EACH, columns - b * EACH) + STEP - 1) / STEP;
+    for (int64_t s = 0; s < steps; s += TURN)
+        UNROLL for (int u = 0; u < TURN; u++) {
+            Bytes v[P], more[P];
+            UNROLL for (int i = 0; i < P; i++) {
+                v[i] = load_bytes(p[i] + (s + u) * 64);
+                if constexpr (KIND == INT4) more[i] = high_halves(v[i]), v[i] = low_halves(v[i]);
+            }
+            UNROLL for (int i = 0; i < N; i++) {
+                const int n = u * N + i;
+                _mm_prefetch(next[n % P] + (s * N / P + n / P) * 64, _MM_HINT_T0);
+            }
+            UNROLL for (int m = 0; m < M; m++) {
+                const int8_t* at = x[m] + (s + u) * STEP;
+                int32_t four;
+                std::memcpy(&four, at, 4);
+                UNROLL for (int i = 0; i < P; i++) sums[m][i] = dot<KIND>(sums[m][i], v[i], four);
+                if constexpr (KIND == INT4) {
+                    std::memcpy(&four, at + 4, 4);
+                    UNROLL for (int i = 0; i < P; i++) sums[m][i] = dot<KIND>(sums[m][i], more[i], four);
+                }
+            }
+        }
+}
+
+// What a block's sums are worth: by the tokens' scales and, of int4, the weights'.
+template <int KIND, int M, int P>
+static inline void add_block(const Activations& a, int64_t token, int64_t b, const Dots<KIND> (&sums)[M][P],
+                             [[maybe_unused]] const Floats* scales, Floats (&totals)[M][P]) {
+    if (M > 6 && !a.few()) __builtin_unreachable();
+    const int64_t place = a.place<KIND>(token, b), each = a.each<KIND>();
+    UNROLL for (int m = 0; m < M; m++) {
+        const Floats of_token = all(a.scales[place + m * each]);
+        UNROLL for (int i = 0; i < P; i++) {
+            const Floats factor = KIND == INT4 ? of_token * scales[i] : of_token;
+            totals[m][i] = fused(total<KIND>(sums[m][i], a.offsets[place + m * each]), factor, totals[m][i]);
+        }
+    }
+}
+
+// Totals of an int8 matrix by its rows' scales.
+template <int M, int P>
+static inline void scale_rows(const Matrix& w, int64_t panel, Floats (&totals)[M][P]) {
+    UNROLL for (int i = 0; i < P; i++) {
+        const Floats scale = load(static_cast<const float*>(w.scales) + (panel + i) * PANEL);
+        UNROLL for (int m = 0; m < M; m++) totals[m][i] = totals[m][i] * scale;
+    }
+}
+
+template <int KIND, int M, int P>
+static void whole_tile(const Matrix& w, const Activations& a, int64_t token, int64_t panel, Floats (&totals)[M][P]) {
+    constexpr int64_t EACH = block_of(KIND), BYTES = EACH * PANEL / (KIND == INT4 ? 2 : 1);  // of a block's panel
+    const int64_t blocks = (w.columns + EACH - 1) / EACH;
+    const int64_t groups = KIND == INT4 ? w.columns / w.group : 1, each = w.group / BLOCK;
+    const char *p[P], *next[P];
+    UNROLL for (int i = 0; i < P; i++) p[i] = w.panel(panel + i);
+    for (int64_t b = 0; b < blocks; b++) {
+        Dots<KIND> sums[M][P];
+        UNROLL for (int i = 0; i < P; i++) next[i] = p[i] + AHEAD;
+        whole_sums<KIND, M, P, P>(a, token, b, w.columns, p, next, sums);
+        Floats scales[P];
+        if constexpr (KIND == INT4)
+            UNROLL for (int i = 0; i < P; i++)
+                scales[i] = load_as<FLOAT16>(static_cast<const char*>(w.scales) +
+                                             ((panel + i) * groups + b / each) * PANEL * 2);
+        add_block<KIND, M, P>(a, token, b, sums, scales, totals);
+        UNROLL for (int i = 0; i < P; i++) p[i] += BYTES;
+    }
+    if constexpr (KIND == INT8) scale_rows<M, P>(w, panel, totals);
+}
