@@ -57,12 +57,16 @@ struct Scratch {
     }
 };
 
+// What weighs so much less than the most changes no sum, and with numbers too small for a float's usual form the CPU
+// would multiply a hundred times as slowly.
+constexpr float NOTHING = -70.0f;
+
 // p[i] = e^(p[i] - largest) and their sum; `count` is a multiple of LANES, and what counts for nothing is -infinity.
 static inline float exponentials(float* p, int64_t count, float largest) {
     const Floats shift = all(largest);
     Floats sum = zeros();
     for (int64_t i = 0; i < count; i += LANES) {
-        const Floats x = load(p + i), e = unless_below(x, -INFINITY, exponential(x - shift));
+        const Floats x = load(p + i) - shift, e = unless_below(x, NOTHING, exponential(x));
         store(p + i, e);
         sum = sum + e;
     }
@@ -182,14 +186,14 @@ static void mix_heads(const float* p, int64_t p_stride, const char* values, int6
 
 template <int KIND>
 static void attend_single_of(const Cache& cache, int64_t slot, int64_t head, int64_t position, int64_t group,
-                             const float* queries, float* out, Scratch& scratch) {
+                             const float* queries, float* out, const char* next, Scratch& scratch) {
     const int64_t width = cache.width, count = position + 1, padded = sixteens(count), size = cache.size();
     const char* keys = cache.keys + cache.offset(slot, head, 0);
     const char* values = cache.values + cache.offset(slot, head, 0);
     const float scale = 1.0f / std::sqrt(float(width));
     float* const scores = scratch.scores.data();
     Word* const pairs = scratch.queries.data();
-    const int64_t words = (width + 1) / 2;
+    const int64_t words = (width + 1) / 2, soon = std::min(2 * LANES, padded);
     if constexpr (PAIRED<KIND>)
         for (int64_t g = 0; g < group; g++)
             store_as(BFLOAT16, reinterpret_cast<char*>(pairs + g * words), queries + g * width, width);
@@ -206,11 +210,14 @@ static void attend_single_of(const Cache& cache, int64_t slot, int64_t head, int
             key = reinterpret_cast<const char*>(scratch.keys.data());
         }
         for (int64_t i = 0; i < LANES; i += 4) {
-            // Keys that come soon, and the values that these ones' weights are for: a few at a time, for many at once
-            // would keep what is needed now waiting.
-            for (int64_t line = (t + i) * step; line < (t + i + 4) * step; line += 64) {
-                _mm_prefetch(keys + 2 * LANES * step + line, _MM_HINT_T0);
-                _mm_prefetch(values + line, _MM_HINT_T1);
+            // Keys that come soon, in the end those of the next head, and the values that these ones' weights are for: a
+            // few at a time, for many at once would keep what is needed now waiting.
+            const int64_t at = t + i + soon;
+            const char* coming = at < count ? keys + at * step : next + (at - padded) * step;
+            const char* these = values + (t + i) * step;
+            for (int64_t line = 0; line < 4 * step; line += 64) {
+                _mm_prefetch(coming + line, _MM_HINT_T0);
+                _mm_prefetch(these + line, _MM_HINT_T1);
             }
             for (int64_t g = 0; g < fours; g += 4)
                 score<KIND, 4>(queries + g * width, pairs + g * words, words, key + i * step, width, scale,
@@ -232,13 +239,14 @@ static void attend_single_of(const Cache& cache, int64_t slot, int64_t head, int
     for (; g < group; g++) mix_heads<KIND, 1>(scores + g * padded, padded, values, count, width, out + g * width);
 }
 
-// One token over its whole sequence, for the query heads that share a key/value head.
+// One token over its whole sequence, for the query heads that share a key/value head; `next` are the keys that this
+// thread wants after it.
 static void attend_single(const Cache& cache, int64_t slot, int64_t head, int64_t position, int64_t group,
-                          const float* queries, float* out, Scratch& scratch) {
+                          const float* queries, float* out, const char* next, Scratch& scratch) {
     switch (cache.kind) {
-        case FLOAT32: return attend_single_of<FLOAT32>(cache, slot, head, position, group, queries, out, scratch);
-        case BFLOAT16: return attend_single_of<BFLOAT16>(cache, slot, head, position, group, queries, out, scratch);
-        default: return attend_single_of<FLOAT16>(cache, slot, head, position, group, queries, out, scratch);
+        case FLOAT32: return attend_single_of<FLOAT32>(cache, slot, head, position, group, queries, out, next, scratch);
+        case BFLOAT16: return attend_single_of<BFLOAT16>(cache, slot, head, position, group, queries, out, next, scratch);
+        default: return attend_single_of<FLOAT16>(cache, slot, head, position, group, queries, out, next, scratch);
     }
 }
 

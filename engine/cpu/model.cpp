@@ -222,20 +222,27 @@ class Model {
             }
         });
         const Activations a = activations(queries, step.tokens);
+        // A thread takes some heads of single tokens one after the other.
         const int64_t singles = step.singles * shape_.kv_heads;
+        const int64_t each = std::clamp<int64_t>(singles / (8 * team_.size()), 1, 4), runs = (singles + each - 1) / each;
         int64_t blocks = 0;
         for (int64_t i = 0; i < step.chunks; i++) blocks += (step.chunk[i].count + QUERIES - 1) / QUERIES;
         // The last blocks of a chunk see most: they go first.
-        team_.share(phase, singles + blocks * shape_.kv_heads, 1, [&](int64_t item, int64_t) {
-            const int64_t head = item % shape_.kv_heads;
-            if (item < singles) {
-                const int64_t token = item / shape_.kv_heads;
+        team_.share(phase, runs + blocks * shape_.kv_heads, 1, [&](int64_t item, int64_t) {
+            const auto keys = [&](int64_t i) {
+                return cache.keys + cache.offset(step.slots[i / shape_.kv_heads], i % shape_.kv_heads, 0);
+            };
+            const int64_t end = std::min(singles, (item + 1) * each);
+            for (int64_t i = item * each; i < end; i++) {
+                const int64_t token = i / shape_.kv_heads, head = i % shape_.kv_heads;
                 attend_single(cache, step.slots[token], head, step.positions[token], group,
                               qkv + token * qkv_stride_ + head * group * width,
-                              a.values + token * a.stride + head * group * width, scratch_[thread]);
-                return;
+                              a.values + token * a.stride + head * group * width, keys(std::min(i + 1, end - 1)),
+                              scratch_[thread]);
             }
-            int64_t block = blocks - 1 - (item - singles) / shape_.kv_heads, i = 0;
+            if (item < runs) return;
+            const int64_t head = (item - runs) % shape_.kv_heads;
+            int64_t block = blocks - 1 - (item - runs) / shape_.kv_heads, i = 0;
             for (int64_t n; block >= (n = (step.chunk[i].count + QUERIES - 1) / QUERIES); i++) block -= n;
             const Chunk& chunk = step.chunk[i];
             const int64_t from = block * QUERIES, count = std::min(QUERIES, chunk.count - from);
