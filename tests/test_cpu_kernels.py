@@ -193,6 +193,33 @@ def test_a_sequences_numbers_do_not_depend_on_company_or_threads(scheme: torch.d
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
+def test_a_prompt_and_many_single_tokens_leave_one_another_alone() -> None:
+    """With as many heads in a step as make a thread take several in a row."""
+    args = MODELS["MHA"]
+    tokens = torch.randint(args.vocab_size, (12, 40), generator=torch.Generator().manual_seed(1)).tolist()
+    prompt = Segment(0, 0, tuple(tokens[0][:37]), 1)
+
+    def numbers(slots: list[int]) -> list[torch.Tensor]:
+        runner = CpuRunner(
+            model_of(args, weights_of(args, torch.float32)), Limits(40, 12, 100, torch.float32, native=True)
+        )
+        for slot in set(slots) - {0}:
+            runner.run(StepPlan((Segment(slot, 0, tuple(tokens[slot][:20]), 1),)))
+        segments = [Segment(slot, 20, (tokens[slot][20],), 1) if slot else prompt for slot in slots]
+        return list(runner.run(StepPlan(tuple(segments))).clone())
+
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            slots = [*range(1, 12), 0]  # single tokens come first in a plan
+            together = dict(zip(slots, numbers(slots), strict=True))
+            for slot in (0, 1, 4, 11):
+                assert torch.equal(together[slot], numbers([slot])[0])
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs: a team of one has nobody to avoid")
 def test_a_team_on_all_cores_keeps_apart_and_leaves_its_caller_free() -> None:
     cores, before = os.sched_getaffinity(0), torch.get_num_threads()
