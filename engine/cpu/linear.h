@@ -31,12 +31,23 @@ static inline void prepare(const Activations& a, int64_t token, const Matrix& w)
 // The CPU alone does not look far enough ahead for weights to come while others are multiplied.
 static inline void ahead(const char* p) { _mm_prefetch(p + AHEAD, _MM_HINT_T0); }
 
+// The same, unless something else was said.
+template <int KIND, int P>
+static inline void ahead(const char* p, const Ahead& said, int64_t line) {
+    if (SHARED<KIND, P>)
+        _mm_prefetch(said.from + line * said.step, _MM_HINT_T0);
+    else
+        ahead(p);
+}
+
 static inline void put(float* y, Floats v, bool add) { store(y, add ? load(y) + v : v); }
 
 // One column of sixteen rows, or two where they lie in pairs, times those of a token.
 template <int KIND, int M, int P>
-static inline void columns_of(const char* const* p, const float* const* x, int64_t k, Floats (&sums)[M][P]) {
+static inline void columns_of(const char* const* p, const Ahead& said, const float* const* x, int64_t k,
+                              Floats (&sums)[M][P]) {
     if constexpr (KIND == BFLOAT16) {
+#ifdef WIDE
         Floats first[P], second[P];
         UNROLL for (int i = 0; i < P; i++) {
             load_pairs(p[i] + k * PANEL * 2, first[i], second[i]);
@@ -46,21 +57,33 @@ static inline void columns_of(const char* const* p, const float* const* x, int64
             UNROLL for (int i = 0; i < P; i++) sums[m][i] = fused(first[i], all(x[m][k]), sums[m][i]);
             UNROLL for (int i = 0; i < P; i++) sums[m][i] = fused(second[i], all(x[m][k + 1]), sums[m][i]);
         }
-    } else {
-        Floats column[P];
+#else
+        Floats column[P];  // registers are too few for both
         UNROLL for (int i = 0; i < P; i++) {
-            const char* place = p[i] + k * PANEL * (KIND == FLOAT32 ? 4 : 2);
-            column[i] = load_as<KIND>(place);
-            ahead(place);
+            column[i] = load_first(p[i] + k * PANEL * 2);
+            ahead<KIND, P>(p[i] + k * PANEL * 2, said, k / 2);
         }
         UNROLL for (int m = 0; m < M; m++)
-            UNROLL for (int i = 0; i < P; i++) sums[m][i] = fused(column[i], all(x[m][k]), sums[m][i]);
+            UNROLL for (int i = 0; i < P; i++) add_product(sums[m][i], column[i], all(x[m][k]));
+        UNROLL for (int i = 0; i < P; i++) column[i] = load_second(p[i] + k * PANEL * 2);
+        UNROLL for (int m = 0; m < M; m++)
+            UNROLL for (int i = 0; i < P; i++) add_product(sums[m][i], column[i], all(x[m][k + 1]));
+#endif
+    } else {
+        constexpr int64_t BYTES = PANEL * (KIND == FLOAT32 ? 4 : 2);
+        Floats column[P];
+        UNROLL for (int i = 0; i < P; i++) {
+            column[i] = load_as<KIND>(p[i] + k * BYTES);
+            ahead<KIND, P>(p[i] + k * BYTES, said, k * BYTES / LINE);
+        }
+        UNROLL for (int m = 0; m < M; m++)
+            UNROLL for (int i = 0; i < P; i++) add_product(sums[m][i], column[i], all(x[m][k]));
     }
 }
 
 template <int KIND, int M, int P>
 static void float_tile(const Matrix& w, const Activations& a, const int64_t* tokens, int64_t panel,
-                       Floats (&sums)[M][P]) {
+                       const Ahead& said, Floats (&sums)[M][P]) {
     const char* p[P];
     UNROLL for (int i = 0; i < P; i++) p[i] = w.panel(panel + i);
 #ifdef PAIRS
@@ -85,12 +108,14 @@ static void float_tile(const Matrix& w, const Activations& a, const int64_t* tok
 #endif
     const float* x[M];
     UNROLL for (int m = 0; m < M; m++) x[m] = a.values + tokens[m] * a.stride;
-    for (int64_t k = 0; k < w.columns; k += KIND == BFLOAT16 ? 2 : 1) columns_of<KIND, M, P>(p, x, k, sums);
+    const Ahead coming = said.from ? said : Ahead{p[0] + AHEAD, LINE};
+    for (int64_t k = 0; k < w.columns; k += KIND == BFLOAT16 ? 2 : 1) columns_of<KIND, M, P>(p, coming, x, k, sums);
 }
+
 // `count` tokens, at most M, times the panels from `first` to before `last`, P at once.
 template <int KIND, int M, int P>
 static void tokens_over(const Matrix& w, const Activations& a, int64_t token, int64_t count, int64_t first,
-                        int64_t last, float* y, int64_t stride, bool add) {
+                        int64_t last, float* y, int64_t stride, bool add, const Ahead& said = {}) {
     int64_t tokens[M];  // the last one again where there are fewer
     UNROLL for (int m = 0; m < M; m++) tokens[m] = token + std::min<int64_t>(m, count - 1);
     int64_t panel = first;
@@ -99,9 +124,9 @@ static void tokens_over(const Matrix& w, const Activations& a, int64_t token, in
         UNROLL for (int m = 0; m < M; m++)
             UNROLL for (int i = 0; i < P; i++) sums[m][i] = zeros();
         if constexpr (KIND == INT8 || KIND == INT4)
-            whole_tile<KIND, M, P>(w, a, token, panel, sums);
+            whole_tile<KIND, M, P>(w, a, token, panel, said, sums);
         else
-            float_tile<KIND, M, P>(w, a, tokens, panel, sums);
+            float_tile<KIND, M, P>(w, a, tokens, panel, said, sums);
         UNROLL for (int m = 0; m < M; m++)
             if (m < count)
                 UNROLL for (int i = 0; i < P; i++)
@@ -172,11 +197,35 @@ constexpr int panels_at_once([[maybe_unused]] int kind, int tokens) {
 
 template <int KIND, int M>
 static void few_tokens(const Matrix& w, const Activations& a, int64_t token, int64_t count, int64_t first, int64_t last,
-                       float* y, int64_t stride, bool add) {
+                       float* y, int64_t stride, bool add, const Ahead& said) {
 #ifdef WIDE
     if constexpr (KIND == INT8 && M > 6) return groups_over<M / 4>(w, a, token, count, first, last, y, stride, add);
 #endif
+    if (SHARED<KIND, 1> && said.from)
+        return tokens_over<KIND, M, 1>(w, a, token, count, first, last, y, stride, add, said);
     tokens_over<KIND, M, panels_at_once(KIND, M)>(w, a, token, count, first, last, y, stride, add);
+}
+
+template <int KIND>
+static void some_tokens(const Matrix& w, const Activations& a, int64_t token, int64_t count, int64_t first,
+                        int64_t last, float* y, int64_t stride, bool add, const Ahead& said = {}) {
+    switch (count) {
+        case 1: return few_tokens<KIND, 1>(w, a, token, count, first, last, y, stride, add, said);
+        case 2: return few_tokens<KIND, 2>(w, a, token, count, first, last, y, stride, add, said);
+        case 3: return few_tokens<KIND, 3>(w, a, token, count, first, last, y, stride, add, said);
+        case 4: return few_tokens<KIND, 4>(w, a, token, count, first, last, y, stride, add, said);
+        case 5: return few_tokens<KIND, 5>(w, a, token, count, first, last, y, stride, add, said);
+        case 6: return few_tokens<KIND, 6>(w, a, token, count, first, last, y, stride, add, said);
+#ifdef WIDE
+        case 7:
+        case 8: return few_tokens<KIND, 8>(w, a, token, count, first, last, y, stride, add, said);
+        case 9:
+        case 10:
+        case 11:
+        case 12: return few_tokens<KIND, 12>(w, a, token, count, first, last, y, stride, add, said);
+        default: return few_tokens<KIND, 16>(w, a, token, count, first, last, y, stride, add, said);
+#endif
+    }
 }
 
 template <int KIND>
@@ -189,29 +238,29 @@ static void panels_of(const Matrix& w, const Activations& a, int64_t tokens, int
 #else
     constexpr int64_t most = KIND == INT4 ? 4 : 6;
 #endif
-    const int64_t tiles = (tokens + most - 1) / most;
-    int64_t token = 0;
-    for (int64_t i = 0; i < tiles; i++) {
-        const int64_t count = (tokens - token) / (tiles - i) + ((tokens - token) % (tiles - i) != 0);
-        switch (count) {
-            case 1: few_tokens<KIND, 1>(w, a, token, count, first, last, y, stride, add); break;
-            case 2: few_tokens<KIND, 2>(w, a, token, count, first, last, y, stride, add); break;
-            case 3: few_tokens<KIND, 3>(w, a, token, count, first, last, y, stride, add); break;
-            case 4: few_tokens<KIND, 4>(w, a, token, count, first, last, y, stride, add); break;
-            case 5: few_tokens<KIND, 5>(w, a, token, count, first, last, y, stride, add); break;
-            case 6: few_tokens<KIND, 6>(w, a, token, count, first, last, y, stride, add); break;
-#ifdef WIDE
-            case 7:
-            case 8: few_tokens<KIND, 8>(w, a, token, count, first, last, y, stride, add); break;
-            case 9:
-            case 10:
-            case 11:
-            case 12: few_tokens<KIND, 12>(w, a, token, count, first, last, y, stride, add); break;
-            default: few_tokens<KIND, 16>(w, a, token, count, first, last, y, stride, add); break;
-#endif
+    const int64_t passes = (tokens + most - 1) / most;
+    const auto pass = [&](int64_t number) {  // whose tokens begin there
+        return tokens / passes * number + std::min(number, tokens % passes);
+    };
+    // Several passes over one panel, which lies in the cache after the first: meanwhile they ask for the next one, each
+    // for its part, so that the memory is never idle. With many tokens it is the multipliers that are waited for.
+    if (SHARED<KIND, 1> && passes > 1 && tokens <= 2 * FEW) {
+        for (int64_t panel = first; panel < last; panel++) {
+            const bool unasked = panel == first;
+            const int64_t parts = passes - unasked;
+            for (int64_t i = 0; i < passes; i++) {
+                Ahead said{w.panel(panel), 0};
+                if (i < unasked)
+                    said = {w.panel(panel) + AHEAD, LINE};
+                else if (panel + 1 < last)
+                    said = {w.panel(panel + 1) + w.panel_bytes() / parts * (i - unasked), LINE / parts};
+                some_tokens<KIND>(w, a, pass(i), pass(i + 1) - pass(i), panel, panel + 1, y, stride, add, said);
+            }
         }
-        token += count;
+        return;
     }
+    for (int64_t i = 0; i < passes; i++)
+        some_tokens<KIND>(w, a, pass(i), pass(i + 1) - pass(i), first, last, y, stride, add);
 }
 
 static void by_panels(const Matrix& w, const Activations& a, int64_t tokens, int64_t first, int64_t last, float* y,

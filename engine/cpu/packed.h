@@ -20,6 +20,22 @@ constexpr int64_t ROUND = 128;  // the same beside int8, and what activations ar
 constexpr int64_t CHUNK = 4;    // panels that a thread takes at once, or twice as many of large matrices
 constexpr int64_t FEW = 16;     // tokens whose activations lie side by side
 constexpr int64_t AHEAD = 2048;  // bytes of a panel that are asked for before they are needed
+constexpr int64_t LINE = 64;     // bytes that come together
+
+// What is asked for while a panel is read: beside its first line what lies at `from`, beside the next one `step` bytes
+// further. Nothing said: what comes AHEAD bytes later.
+struct Ahead {
+    const char* from = nullptr;
+    int64_t step = LINE;
+};
+// Whether several passes over a panel share out what is asked for. int4 are so few that nobody waits for them.
+#ifdef WIDE
+template <int KIND, int P>
+constexpr bool SHARED = false;
+#else
+template <int KIND, int P>
+constexpr bool SHARED = P == 1 && KIND != INT4;
+#endif
 
 constexpr int64_t block_of(int kind) { return kind == INT4 ? BLOCK : ROUND; }
 

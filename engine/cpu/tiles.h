@@ -16,7 +16,6 @@ constexpr int64_t TILE_SIDE = 16;  // lines of a tile, and numbers of 32 bits in
 
 #include <vector>
 
-constexpr int64_t LINE = 64;  // bytes
 constexpr int64_t TILE_BYTES = TILE_SIDE * LINE;
 constexpr int64_t TWO_SIDES = 2 * TILE_SIDE;  // tokens, or rows, that are multiplied together
 

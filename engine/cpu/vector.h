@@ -46,6 +46,7 @@ static inline Floats operator/(Floats a, Floats b) { return {_mm512_div_ps(a.v, 
 static inline Floats larger(Floats a, Floats b) { return {_mm512_max_ps(a.v, b.v)}; }
 static inline Floats smaller(Floats a, Floats b) { return {_mm512_min_ps(a.v, b.v)}; }
 static inline Floats fused(Floats a, Floats b, Floats c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+static inline void add_product(Floats& sums, Floats a, Floats b) { sums = fused(a, b, sums); }
 static inline Floats magnitude(Floats a) { return {_mm512_abs_ps(a.v)}; }
 static inline Floats whole(Floats a) {
     return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
@@ -165,13 +166,23 @@ static inline Floats load_as(const char* p) {
     return {widen_bfloat16(low), widen_bfloat16(high)};
 }
 
-// The first and the second numbers of sixteen pairs of bfloat16.
-static inline void load_pairs(const char* p, Floats& first, Floats& second) {
+// The first or the second numbers of sixteen pairs of bfloat16.
+static inline Floats load_first(const char* p) {
+    const __m256i* v = reinterpret_cast<const __m256i*>(p);
+    const __m256i low = _mm256_loadu_si256(v), high = _mm256_loadu_si256(v + 1);
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(low, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(high, 16))};
+}
+static inline Floats load_second(const char* p) {
     const __m256i* v = reinterpret_cast<const __m256i*>(p);
     const __m256i low = _mm256_loadu_si256(v), high = _mm256_loadu_si256(v + 1);
     const __m256i mask = _mm256_set1_epi32(int(0xffff0000));
-    first = {_mm256_castsi256_ps(_mm256_slli_epi32(low, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(high, 16))};
-    second = {_mm256_castsi256_ps(_mm256_and_si256(low, mask)), _mm256_castsi256_ps(_mm256_and_si256(high, mask))};
+    return {_mm256_castsi256_ps(_mm256_and_si256(low, mask)), _mm256_castsi256_ps(_mm256_and_si256(high, mask))};
+}
+
+// Written as instructions that stay in order, because GCC moves sums from register to register and runs out of them.
+static inline void add_product(Floats& sums, Floats a, Floats b) {
+    asm volatile("vfmadd231ps %2, %1, %0" : "+x"(sums.low) : "x"(a.low), "x"(b.low));
+    asm volatile("vfmadd231ps %2, %1, %0" : "+x"(sums.high) : "x"(a.high), "x"(b.high));
 }
 
 #endif

@@ -135,10 +135,11 @@ static void narrow_activations(const Activations& a, int64_t token, int64_t colu
 }
 
 // The sums of one block of columns, whose weights are at `p`. Meanwhile N lines in every step, from one panel after the
-// other, are asked for, beginning at `next`.
+// other, are asked for, beginning at `next`, `step` bytes apart.
 template <int KIND, int M, int P, int N>
 static inline void whole_sums(const Activations& a, int64_t token, int64_t b, int64_t columns,
-                              const char* const (&p)[P], const char* const (&next)[P], Dots<KIND> (&sums)[M][P]) {
+                              const char* const (&p)[P], const char* const (&next)[P], Dots<KIND> (&sums)[M][P],
+                              int64_t step = LINE) {
     constexpr int64_t EACH = block_of(KIND), STEP = KIND == INT4 ? 8 : 4;  // columns in 64 bytes of a panel
     constexpr int TURN = N == P ? 1 : 4;  // steps that are written out, so that every panel gets its turn
     if (M > 6 && !a.few()) __builtin_unreachable();  // then all lie at places that the compiler knows
@@ -159,7 +160,7 @@ static inline void whole_sums(const Activations& a, int64_t token, int64_t b, in
             }
             UNROLL for (int i = 0; i < N; i++) {
                 const int n = u * N + i;
-                _mm_prefetch(next[n % P] + (s * N / P + n / P) * 64, _MM_HINT_T0);
+                _mm_prefetch(next[n % P] + (s * N / P + n / P) * step, _MM_HINT_T0);
             }
             UNROLL for (int m = 0; m < M; m++) {
                 const int8_t* at = x[m] + (s + u) * STEP;
@@ -199,7 +200,8 @@ static inline void scale_rows(const Matrix& w, int64_t panel, Floats (&totals)[M
 }
 
 template <int KIND, int M, int P>
-static void whole_tile(const Matrix& w, const Activations& a, int64_t token, int64_t panel, Floats (&totals)[M][P]) {
+static void whole_tile(const Matrix& w, const Activations& a, int64_t token, int64_t panel, const Ahead& said,
+                       Floats (&totals)[M][P]) {
     constexpr int64_t EACH = block_of(KIND), BYTES = EACH * PANEL / (KIND == INT4 ? 2 : 1);  // of a block's panel
     const int64_t blocks = (w.columns + EACH - 1) / EACH;
     const int64_t groups = KIND == INT4 ? w.columns / w.group : 1, each = w.group / BLOCK;
@@ -208,7 +210,8 @@ static void whole_tile(const Matrix& w, const Activations& a, int64_t token, int
     for (int64_t b = 0; b < blocks; b++) {
         Dots<KIND> sums[M][P];
         UNROLL for (int i = 0; i < P; i++) next[i] = p[i] + AHEAD;
-        whole_sums<KIND, M, P, P>(a, token, b, w.columns, p, next, sums);
+        if (SHARED<KIND, P> && said.from) next[0] = said.from + b * (BYTES / LINE) * said.step;
+        whole_sums<KIND, M, P, P>(a, token, b, w.columns, p, next, sums, SHARED<KIND, P> ? said.step : LINE);
         Floats scales[P];
         if constexpr (KIND == INT4)
             UNROLL for (int i = 0; i < P; i++)
