@@ -99,11 +99,17 @@ static inline Floats sums_of(const Floats (&x)[LANES]) {
     return {_mm512_add_ps(_mm512_shuffle_f32x4(c[0], c[1], 0x88), _mm512_shuffle_f32x4(c[0], c[1], 0xdd))};
 }
 #else
-static inline Floats sums_of(const Floats (&x)[LANES]) {
-    float sums[LANES];
-    for (int i = 0; i < LANES; i++) sums[i] = sum_of(x[i]);
-    return load(sums);
+static inline __m256 sums_of_eight(const Floats* x) {
+    __m256 a[8], b[4], c[2];
+    UNROLL for (int i = 0; i < 8; i++) a[i] = _mm256_add_ps(x[i].low, x[i].high);
+    UNROLL for (int i = 0; i < 4; i++)
+        b[i] = _mm256_add_ps(_mm256_unpacklo_ps(a[2 * i], a[2 * i + 1]), _mm256_unpackhi_ps(a[2 * i], a[2 * i + 1]));
+    UNROLL for (int i = 0; i < 2; i++)
+        c[i] = _mm256_add_ps(_mm256_shuffle_ps(b[2 * i], b[2 * i + 1], 0x44),
+                             _mm256_shuffle_ps(b[2 * i], b[2 * i + 1], 0xee));
+    return _mm256_add_ps(_mm256_permute2f128_ps(c[0], c[1], 0x20), _mm256_permute2f128_ps(c[0], c[1], 0x31));
 }
+static inline Floats sums_of(const Floats (&x)[LANES]) { return {sums_of_eight(x), sums_of_eight(x + 8)}; }
 #endif
 
 // scores[g][t] = scale q[g] . key[t] for G heads and 16 / G keys; `pairs` is q in bfloat16, `words` apart.
@@ -171,9 +177,14 @@ static void mix(const float* p, int64_t p_stride, const char* values, int64_t co
 template <int KIND, int G>
 static void mix_heads(const float* p, int64_t p_stride, const char* values, int64_t count, int64_t width, float* out) {
     constexpr int64_t SIZE = KIND == FLOAT32 ? 4 : 2;
+#ifdef WIDE
+    constexpr int C = 4;
+#else
+    constexpr int C = 4 / G;
+#endif
     int64_t h = 0;
-    for (; h + 4 * LANES <= width; h += 4 * LANES)
-        mix<KIND, G, 4>(p, p_stride, values + h * SIZE, count, width, out + h);
+    for (; h + C * LANES <= width; h += C * LANES)
+        mix<KIND, G, C>(p, p_stride, values + h * SIZE, count, width, out + h);
     for (; h + LANES <= width; h += LANES) mix<KIND, G, 1>(p, p_stride, values + h * SIZE, count, width, out + h);
     for (; h < width; h++)
         for (int g = 0; g < G; g++) {
@@ -253,14 +264,16 @@ static void attend_single(const Cache& cache, int64_t slot, int64_t head, int64_
 // --- a chunk ---
 
 template <bool TWO>
-static inline Floats times(Floats column, const Word* word, Floats sum) {
+static inline void add_times(Floats& sum, Floats column, const Word* word) {
 #ifdef PAIRS
-    if constexpr (TWO)
-        return {add_pairs(sum.v, _mm512_castps_si512(column.v), _mm512_set1_epi32(int(*word)))};
+    if constexpr (TWO) {
+        sum.v = add_pairs(sum.v, _mm512_castps_si512(column.v), _mm512_set1_epi32(int(*word)));
+        return;
+    }
 #endif
     float x;
     std::memcpy(&x, word, 4);
-    return fused(column, all(x), sum);
+    add_product(sum, column, all(x));
 }
 
 // out[row][0 .. 16 C) (+)= left[row][k] right[k][0 .. 16 C) for R rows.
@@ -276,7 +289,7 @@ static inline void product_tile(const Word* left, int64_t left_stride, const Wor
             column[c] = load(reinterpret_cast<const float*>(right + k * right_stride + c * LANES));
         UNROLL for (int r = 0; r < R; r++)
             UNROLL for (int c = 0; c < C; c++)
-                sums[r][c] = times<TWO>(column[c], left + r * left_stride + k, sums[r][c]);
+                add_times<TWO>(sums[r][c], column[c], left + r * left_stride + k);
     }
     UNROLL for (int r = 0; r < R; r++)
         UNROLL for (int c = 0; c < C; c++) store(out + r * out_stride + c * LANES, sums[r][c]);
@@ -288,7 +301,7 @@ static inline void product_columns(const Word* left, int64_t left_stride, const 
 #ifdef WIDE
     constexpr int R = 6;
 #else
-    constexpr int R = 2;
+    constexpr int R = 4;
 #endif
     int64_t r = 0;
     for (; r + R <= rows; r += R)
@@ -333,7 +346,7 @@ static void product(const Word* left, int64_t left_stride, const Word* right, in
 #ifdef WIDE
     constexpr int C = 4;
 #else
-    constexpr int C = 2;
+    constexpr int C = 1;
 #endif
     int64_t c = 0;
     for (; c + C * LANES <= columns; c += C * LANES)
@@ -346,6 +359,25 @@ static inline Word word_of(float x) {
     Word word;
     std::memcpy(&word, &x, 4);
     return word;
+}
+
+// to[i][t] = from[t][i]: eight words of each of eight rows.
+static inline void turn(Word* to, int64_t to_stride, const __m256 (&from)[8]) {
+    __m256 a[8], b[8];
+    UNROLL for (int i = 0; i < 8; i += 2) {
+        a[i] = _mm256_unpacklo_ps(from[i], from[i + 1]);
+        a[i + 1] = _mm256_unpackhi_ps(from[i], from[i + 1]);
+    }
+    UNROLL for (int i = 0; i < 8; i += 4)
+        UNROLL for (int j = 0; j < 2; j++) {
+            b[i + 2 * j] = _mm256_shuffle_ps(a[i + j], a[i + j + 2], 0x44);
+            b[i + 2 * j + 1] = _mm256_shuffle_ps(a[i + j], a[i + j + 2], 0xee);
+        }
+    UNROLL for (int i = 0; i < 4; i++) {
+        float* const at = reinterpret_cast<float*>(to + i * to_stride);
+        _mm256_storeu_ps(at, _mm256_permute2f128_ps(b[i], b[i + 4], 0x20));
+        _mm256_storeu_ps(at + 4 * to_stride, _mm256_permute2f128_ps(b[i], b[i + 4], 0x31));
+    }
 }
 
 #ifdef PAIRS
@@ -408,10 +440,22 @@ static void gather_block(const char* key, const char* value, int64_t here, int64
         return;
     }
 #endif
+    const int64_t whole = width / LANES * LANES;
+    for (int64_t t = 0; t < KEYS; t += 8)
+        for (int64_t h = 0; h < whole; h += LANES) {
+            __m256 low[8], high[8];
+            UNROLL for (int i = 0; i < 8; i++)
+                halves(t + i < here ? load_as<KIND>(key + ((t + i) * width + h) * SIZE) : zeros(), low[i], high[i]);
+            turn(keys + h * KEYS + t, KEYS, low);
+            turn(keys + (h + 8) * KEYS + t, KEYS, high);
+        }
     for (int64_t t = 0; t < KEYS; t++) {
-        for (int64_t h = 0; h < width; h++)
+        for (int64_t h = 0; h < whole; h += LANES)
+            store(reinterpret_cast<float*>(values + t * wide + h),
+                  t < here ? load_as<KIND>(value + (t * width + h) * SIZE) : zeros());
+        for (int64_t h = whole; h < width; h++)
             keys[h * KEYS + t] = t < here ? word_of(load_one(KIND, key + (t * width + h) * SIZE)) : 0;
-        for (int64_t h = 0; h < wide; h++)
+        for (int64_t h = whole; h < wide; h++)
             values[t * wide + h] =
                 t < here && h < width ? word_of(load_one(KIND, value + (t * width + h) * SIZE)) : 0;
     }
