@@ -10,6 +10,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -147,6 +148,12 @@ def test_the_machine_is_measured_with_and_without_a_compiler(monkeypatch):
     assert set(without.read_ways) == {"torch"} and set(with_compiler.read_ways) <= {"torch", "C++"}
     assert without.read_bytes_per_s > 0 and set(without.product_flops) == {"float32", "bfloat16"}
     assert str(without).startswith(without.name)
+
+
+@pytest.mark.parametrize(("took_s", "side"), [(0.001, 64), (0.01, 8)])
+def test_a_product_that_would_take_long_is_measured_on_smaller_matrices(monkeypatch, took_s, side):
+    monkeypatch.setattr(bench_machine, "_seconds", lambda work, device="cpu": took_s)
+    assert bench_machine._product_rates(torch.float32, 2, 64) == [2 * side**3 / took_s] * 2
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda:0"])
@@ -364,8 +371,17 @@ def test_transformers_is_compared_as_whichever_is_faster():
     assert found.ratios()["decode_b8_bf16_vs_hf"] == 2.0
 
 
+def test_transformers_is_left_out_where_its_prompts_alone_would_take_too_long(capsys):
+    found = comparison("hf")
+    slow = replace(MACHINE, product_flops={"float32": 1e11, "bfloat16": 1e3})
+    with contextlib.ExitStack() as stack:
+        assert found._transformers(stack, slow) == []
+    assert "PyTorch computes bfloat16 at 1e-06 GFLOP/s on this CPU" in capsys.readouterr().err
+    assert found.notes["transformers"].startswith("left out: PyTorch computes bfloat16")
+
+
 def test_what_was_measured_before_an_error_is_kept(tmp_path, monkeypatch, capsys):
-    def engines(self: bench_peers.Comparison) -> None:
+    def engines(self: bench_peers.Comparison, machine: Machine) -> None:
         self.add("decode b1 int8", "engine", 3.0)
         self.add("decode b1 int8", "llama.cpp", 2.0)
         raise PeerError("llama-bench failed: no memory")

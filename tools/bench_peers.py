@@ -39,6 +39,7 @@ from tools.bench_weights import GGUF_TYPES, Weights, answer_token
 PARTS = ("llamacpp", "hf", "http")
 BATCHES, PROMPT, TOKENS, LONG_PROMPT = (1, 8, 16), 64, 32, 512
 HF_BATCH = 8
+HF_TAKES_S = 600.0  # a prompt of theirs; beyond it they are left out
 STREAMS, STREAM_PROMPT, STREAM_TOKENS = 16, 64, 128
 KINDS = ("bf16", "int8", "int4")
 RATIOS = (
@@ -95,7 +96,7 @@ class Comparison:
         pairs = list(zip(found.get(ours, ()), found.get(theirs, ()), strict=False))
         return statistics.median(one / other for one, other in pairs) if pairs else None
 
-    def engines(self) -> None:
+    def engines(self, machine: Machine) -> None:
         """Prompts and decode steps of the engine, llama.cpp and transformers."""
         flags = self.flags
         with contextlib.ExitStack() as stack:
@@ -103,7 +104,7 @@ class Comparison:
             if "llamacpp" in flags.parts:
                 programs = peers.setup()
                 cpp = {kind: LlamaCpp(programs, self.weights.gguf(kind), flags.threads) for kind in flags.weights}
-            hf = self._transformers(stack) if "hf" in flags.parts and "bf16" in flags.weights else []
+            hf = self._transformers(stack, machine) if "hf" in flags.parts and "bf16" in flags.weights else []
             for kind, each in tqdm(cpp.items(), desc="trying llama.cpp's flags", unit="file"):
                 each.choose_flags(BATCHES, PROMPT, TOKENS, LONG_PROMPT)
                 self.notes[f"llama.cpp, {kind}"] = {
@@ -135,8 +136,16 @@ class Comparison:
         bench.warm_up()
         return bench
 
-    def _transformers(self, stack: contextlib.ExitStack) -> list[Transformers]:
+    def _transformers(self, stack: contextlib.ExitStack, machine: Machine) -> list[Transformers]:
         """As it comes and compiled, those of both that work; the first run of each is for its compiler."""
+        flops = HF_BATCH * costs(self.flags.shape, "bf16", HF_BATCH, PROMPT + TOKENS).prompt_flops(PROMPT)
+        rate = machine.product_flops["bfloat16"]
+        if flops / rate > HF_TAKES_S:
+            why = f"PyTorch computes bfloat16 at {rate / 1e9:.2g} GFLOP/s on this CPU, so that {HF_BATCH} prompts of "
+            why += f"{PROMPT} tokens alone would take {flops / rate / 60:.0f} minutes"
+            print(f"bench: transformers is left out: {why}", file=sys.stderr, flush=True)
+            self.notes["transformers"] = f"left out: {why}"
+            return []
         found = []
         for compiled in (False, True) if self.flags.compile else (False,):
             program = stack.enter_context(Transformers(self.flags.shape, self.flags.threads, compiled))
@@ -245,7 +254,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         machine = measure_machine(flags.threads)
         print(f"{machine}\n", flush=True)
-        comparison.engines()
+        comparison.engines(machine)
         if "http" in flags.parts:
             comparison.services()
     except (ConfigError, LoadError, TransformersError, peers.PeerError) as error:
