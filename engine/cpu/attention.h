@@ -99,9 +99,8 @@ static inline Floats sums_of(const Floats (&x)[LANES]) {
     return {_mm512_add_ps(_mm512_shuffle_f32x4(c[0], c[1], 0x88), _mm512_shuffle_f32x4(c[0], c[1], 0xdd))};
 }
 #else
-static inline __m256 sums_of_eight(const Floats* x) {
-    __m256 a[8], b[4], c[2];
-    UNROLL for (int i = 0; i < 8; i++) a[i] = _mm256_add_ps(x[i].low, x[i].high);
+static inline __m256 sums_of_eight(const __m256* a) {
+    __m256 b[4], c[2];
     UNROLL for (int i = 0; i < 4; i++)
         b[i] = _mm256_add_ps(_mm256_unpacklo_ps(a[2 * i], a[2 * i + 1]), _mm256_unpackhi_ps(a[2 * i], a[2 * i + 1]));
     UNROLL for (int i = 0; i < 2; i++)
@@ -109,13 +108,42 @@ static inline __m256 sums_of_eight(const Floats* x) {
                              _mm256_shuffle_ps(b[2 * i], b[2 * i + 1], 0xee));
     return _mm256_add_ps(_mm256_permute2f128_ps(c[0], c[1], 0x20), _mm256_permute2f128_ps(c[0], c[1], 0x31));
 }
-static inline Floats sums_of(const Floats (&x)[LANES]) { return {sums_of_eight(x), sums_of_eight(x + 8)}; }
+static inline Floats sums_of(const Floats (&x)[LANES]) {
+    __m256 sums[LANES];
+    UNROLL for (int i = 0; i < LANES; i++) sums[i] = _mm256_add_ps(x[i].low, x[i].high);
+    return {sums_of_eight(sums), sums_of_eight(sums + 8)};
+}
+
+// Whole sixteens of q[g] . key[t], [g][t], for four heads and four keys. Sixteen sums would not stay in registers: two
+// keys at a time share one for each head.
+template <int KIND>
+static inline Floats four_by_four(const float* q, const char* key, int64_t width) {
+    constexpr int64_t SIZE = KIND == FLOAT32 ? 4 : 2;
+    __m256 sums[LANES];
+    UNROLL for (int t = 0; t < 4; t += 2) {
+        const char *first = key + t * width * SIZE, *second = first + width * SIZE;
+        Floats both[4];
+        UNROLL for (int g = 0; g < 4; g++) both[g] = zeros();
+        for (int64_t h = 0; h + LANES <= width; h += LANES) {
+            const Floats a = load_as<KIND>(first + h * SIZE), b = load_as<KIND>(second + h * SIZE);
+            UNROLL for (int g = 0; g < 4; g++) {
+                const Floats x = load(q + g * width + h);
+                add_product(both[g], {a.low, b.low}, {x.low, x.low});
+                add_product(both[g], {a.high, b.high}, {x.high, x.high});
+            }
+        }
+        UNROLL for (int g = 0; g < 4; g++) sums[4 * g + t] = both[g].low, sums[4 * g + t + 1] = both[g].high;
+    }
+    return {sums_of_eight(sums), sums_of_eight(sums + 8)};
+}
 #endif
 
-// scores[g][t] = scale q[g] . key[t] for G heads and 16 / G keys; `pairs` is q in bfloat16, `words` apart.
+// Whole sixteens of q[g] . key[t], [g][t], for G heads and 16 / G keys; `pairs` is q in bfloat16, `words` apart.
 template <int KIND, int G>
-static inline void score(const float* q, const Word* pairs, int64_t words, const char* key, int64_t width, float scale,
-                         float* scores, int64_t stride) {
+static inline Floats sixteen_sums(const float* q, const Word* pairs, int64_t words, const char* key, int64_t width) {
+#ifndef WIDE
+    if constexpr (G == 4) return four_by_four<KIND>(q, key, width);
+#endif
     constexpr int T = LANES / G, FOUR = 4;  // keys, and how many of their addresses fit into registers
     constexpr int64_t SIZE = KIND == FLOAT32 ? 4 : 2;
     Floats sums[LANES];
@@ -144,9 +172,18 @@ static inline void score(const float* q, const Word* pairs, int64_t words, const
         UNROLL for (int g = 0; g < G; g++)
             UNROLL for (int t = 0; t < FOUR; t++) sums[g * T + first + t] = some[g][t];
     }
+    return sums_of(sums);
+}
+
+// scores[g][t] = scale q[g] . key[t] for G heads and 16 / G keys.
+template <int KIND, int G>
+static inline void score(const float* q, const Word* pairs, int64_t words, const char* key, int64_t width, float scale,
+                         float* scores, int64_t stride) {
+    constexpr int T = LANES / G;
+    constexpr int64_t SIZE = KIND == FLOAT32 ? 4 : 2;
     float result[LANES];
-    store(result, sums_of(sums));
-    for (int i = 0; i < LANES; i++) {
+    store(result, sixteen_sums<KIND, G>(q, pairs, words, key, width));
+    for (int i = 0; i < LANES && width % LANES; i++) {
         const float* const left = q + i / T * width;
         for (int64_t h = width / LANES * LANES; h < width; h++)
             result[i] += left[h] * load_one(KIND, key + (i % T * width + h) * SIZE);
@@ -208,11 +245,7 @@ static void attend_single_of(const Cache& cache, int64_t slot, int64_t head, int
     if constexpr (PAIRED<KIND>)
         for (int64_t g = 0; g < group; g++)
             store_as(BFLOAT16, reinterpret_cast<char*>(pairs + g * words), queries + g * width, width);
-#ifdef WIDE
     const int64_t fours = group / 4 * 4;
-#else
-    const int64_t fours = 0;  // sixteen sums would not stay in registers
-#endif
     for (int64_t t = 0; t < count; t += LANES) {
         const int64_t step = width * size;
         const char* key = keys + t * step;
