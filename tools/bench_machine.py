@@ -23,7 +23,7 @@ PACKAGES = ("torch", "numpy", "transformers", "torchserve")
 # Many times the last-level cache of any machine, so that all of it comes from memory.
 READ_BYTES, GPU_READ_BYTES = 1 << 30, 1 << 32
 PRODUCT_SIDE, GPU_PRODUCT_SIDE = 2048, 8192
-SLOW_S = 1.0  # a product that takes longer is measured on smaller matrices
+SLOW_S = 5.0  # a product that takes longer is measured on smaller matrices
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # Eight independent sums of a 64-byte line each, which is enough loads in flight for one core's share of the bandwidth.
@@ -141,7 +141,7 @@ def _product_rates(dtype: torch.dtype, rounds: int, side: int, device: str = "cp
 
     small = side // 8
     quick = seconds(small)
-    # Some CPUs have nothing for a dtype, and a large product takes them minutes.
+    # Some CPUs have no instructions for a dtype, and a large product takes them half a minute.
     if min(quick) * 8**3 > SLOW_S:
         return [2 * small**3 / took for took in quick]
     return [2 * side**3 / took for took in seconds(side)]

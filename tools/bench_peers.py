@@ -39,7 +39,7 @@ from tools.bench_weights import GGUF_TYPES, Weights, answer_token
 PARTS = ("llamacpp", "hf", "http")
 BATCHES, PROMPT, TOKENS, LONG_PROMPT = (1, 8, 16), 64, 32, 512
 HF_BATCH = 8
-HF_TAKES_S = 600.0  # a prompt of theirs; beyond it they are left out
+HF_TAKES_S = 600.0  # if its prompts would take longer, it is left out
 STREAMS, STREAM_PROMPT, STREAM_TOKENS = 16, 64, 128
 KINDS = ("bf16", "int8", "int4")
 RATIOS = (
