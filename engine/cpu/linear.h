@@ -183,6 +183,12 @@ static void groups_over(const Matrix& w, const Activations& a, int64_t token, in
             tokens_over<INT8, 1, 1>(w, a, token + m, 1, panel, panel + 1, y, stride, add);
 }
 
+#else
+
+// Tokens of a pass where it takes several.
+template <int KIND>
+constexpr int64_t MOST = KIND == INT4 ? 4 : KIND == INT8 ? 3 : 6;
+
 #endif
 
 // How many panels keep the multipliers busy and the sums in registers.
@@ -200,9 +206,10 @@ static void few_tokens(const Matrix& w, const Activations& a, int64_t token, int
                        float* y, int64_t stride, bool add, const Ahead& said) {
 #ifdef WIDE
     if constexpr (KIND == INT8 && M > 6) return groups_over<M / 4>(w, a, token, count, first, last, y, stride, add);
+#else
+    if constexpr (M <= MOST<KIND>)
+        if (said.from) return tokens_over<KIND, M, TOGETHER<KIND>>(w, a, token, count, first, last, y, stride, add, said);
 #endif
-    if (SHARED<KIND, 1> && said.from)
-        return tokens_over<KIND, M, 1>(w, a, token, count, first, last, y, stride, add, said);
     tokens_over<KIND, M, panels_at_once(KIND, M)>(w, a, token, count, first, last, y, stride, add);
 }
 
@@ -236,29 +243,34 @@ static void panels_of(const Matrix& w, const Activations& a, int64_t tokens, int
     // matter of computing, which goes best with six.
     const int64_t most = tokens > FEW ? 6 : KIND == INT4 ? 8 : 16;
 #else
-    constexpr int64_t most = KIND == INT4 ? 4 : 6;
+    // That weights come in one pass counts for more than how fast they are multiplied.
+    const int64_t most = tokens <= 6 && KIND != INT4 ? 6 : MOST<KIND>;
 #endif
     const int64_t passes = (tokens + most - 1) / most;
     const auto pass = [&](int64_t number) {  // whose tokens begin there
         return tokens / passes * number + std::min(number, tokens % passes);
     };
-    // Several passes over one panel, which lies in the cache after the first: meanwhile they ask for the next one, each
-    // for its part, so that the memory is never idle. With many tokens it is the multipliers that are waited for.
-    if (SHARED<KIND, 1> && passes > 1 && tokens <= 2 * FEW) {
-        for (int64_t panel = first; panel < last; panel++) {
+#ifndef WIDE
+    // Several passes over one panel or two, which lie in the cache after the first: meanwhile they ask for the next ones,
+    // each for its part, so that the memory is never idle. With many tokens it is the multipliers that are waited for.
+    constexpr int64_t P = TOGETHER<KIND>;
+    if (KIND != INT4 && passes > 1 && tokens <= 2 * FEW) {
+        for (int64_t panel = first; panel < last; panel += P) {
             const bool unasked = panel == first;
             const int64_t parts = passes - unasked;
             for (int64_t i = 0; i < passes; i++) {
                 Ahead said{w.panel(panel), 0};
                 if (i < unasked)
-                    said = {w.panel(panel) + AHEAD, LINE};
-                else if (panel + 1 < last)
-                    said = {w.panel(panel + 1) + w.panel_bytes() / parts * (i - unasked), LINE / parts};
-                some_tokens<KIND>(w, a, pass(i), pass(i + 1) - pass(i), panel, panel + 1, y, stride, add, said);
+                    said = {};
+                else if (panel + P < last)
+                    said = {w.panel(panel + P) + P * w.panel_bytes() / parts * (i - unasked), P * LINE / parts};
+                some_tokens<KIND>(w, a, pass(i), pass(i + 1) - pass(i), panel, std::min(panel + P, last), y, stride,
+                                  add, said);
             }
         }
         return;
     }
+#endif
     for (int64_t i = 0; i < passes; i++)
         some_tokens<KIND>(w, a, pass(i), pass(i + 1) - pass(i), first, last, y, stride, add);
 }

@@ -17,6 +17,11 @@
 constexpr int64_t PANEL = LANES;
 constexpr int64_t BLOCK = 32;   // columns that share one activation scale beside int4 weights
 constexpr int64_t ROUND = 128;  // the same beside int8, and what activations are filled up to with zeros
+#ifdef WIDE
+constexpr int64_t SPAN = ROUND;
+#else
+constexpr int64_t SPAN = 2 * ROUND;  // bytes of as many whole numbers, as int8 wants their signs apart
+#endif
 constexpr int64_t CHUNK = 4;    // panels that a thread takes at once, or twice as many of large matrices
 constexpr int64_t FEW = 16;     // tokens whose activations lie side by side
 constexpr int64_t AHEAD = 2048;  // bytes of a panel that are asked for before they are needed
@@ -33,8 +38,10 @@ struct Ahead {
 template <int KIND, int P>
 constexpr bool SHARED = false;
 #else
+template <int KIND>
+constexpr int64_t TOGETHER = KIND == INT8 ? 2 : 1;  // panels that they go over at once
 template <int KIND, int P>
-constexpr bool SHARED = P == 1 && KIND != INT4;
+constexpr bool SHARED = P == TOGETHER<KIND> && KIND != INT4;
 #endif
 
 constexpr int64_t block_of(int kind) { return kind == INT4 ? BLOCK : ROUND; }
@@ -66,20 +73,20 @@ struct Matrix {
 };
 
 // The tokens of a step, in whatever form the next matrix wants them. Whole numbers of few tokens lie as they are read,
-// in pieces of ROUND columns, [piece][token][ROUND]; those of more as [token][stride].
+// in pieces of ROUND columns, [piece][token][SPAN]; those of more as [token][piece][SPAN].
 struct Activations {
     float* values;     // [token][stride]
     uint16_t* pairs;   // [token][stride], for bfloat16 weights
     int8_t* narrow;    // for weights of whole numbers
     float* scales;     // one for every block of them: [block][token], or [token][stride / block]
-    int32_t* offsets;  // the same: what a block's sum begins with, as the weights' offset adds so much to it
+    int32_t* offsets;  // the same: what a block's sum begins with, as the weights' form makes it wrong by so much
     int64_t stride;
     int64_t tokens;
 
     bool few() const { return tokens <= FEW; }
-    int64_t between() const { return few() ? ROUND : stride; }  // one token of `narrow` and the next
+    int64_t between() const { return few() ? SPAN : stride / ROUND * SPAN; }  // one token of `narrow` and the next
     int8_t* narrow_at(int64_t token, int64_t column) const {
-        return narrow + token * between() + column / ROUND * (few() ? tokens * ROUND : ROUND) + column % ROUND;
+        return narrow + token * between() + column / ROUND * (few() ? tokens * SPAN : SPAN) + column % ROUND;
     }
     // Where the scale and the offset of a block are, and how far behind them those of the next token.
     template <int KIND>

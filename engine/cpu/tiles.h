@@ -119,7 +119,7 @@ static const char* as_signed(const char* from, int64_t bytes) {
     char* const to = memory.data() + -reinterpret_cast<uintptr_t>(memory.data()) % LINE;
     const __m512i offset = _mm512_set1_epi8(char(OFFSET<KIND>));
     for (int64_t line = 0; line < bytes; line += LINE) {
-        const Bytes v = load_bytes(from + line);
+        const Bytes<KIND> v = load_bytes<KIND>(from + line);
         if constexpr (KIND == INT4) {
             _mm512_store_si512(to + 2 * line, _mm512_sub_epi8(low_halves(v).v, offset));
             _mm512_store_si512(to + 2 * line + LINE, _mm512_sub_epi8(high_halves(v).v, offset));

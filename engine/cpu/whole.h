@@ -3,8 +3,15 @@
 
 #include "packed.h"
 
+static inline int32_t load_int(const int8_t* p) {
+    int32_t v;
+    std::memcpy(&v, p, 4);
+    return v;
+}
+
 #ifdef WIDE
 
+template <int KIND>
 struct Bytes {
     __m512i v;
 };
@@ -13,20 +20,32 @@ struct Dots {
     __m512i v;
 };
 template <int KIND>
+struct Four {
+    __m512i v;
+};
+template <int KIND>
 constexpr int32_t OFFSET = KIND == INT4 ? 8 : 128;
 
-static inline Bytes load_bytes(const char* p) { return {_mm512_loadu_si512(p)}; }
-static inline Bytes low_halves(Bytes x) { return {_mm512_and_si512(x.v, _mm512_set1_epi8(15))}; }
-static inline Bytes high_halves(Bytes x) {
+template <int KIND>
+static inline Bytes<KIND> load_bytes(const char* p) {
+    return {_mm512_loadu_si512(p)};
+}
+static inline Bytes<INT4> low_halves(Bytes<INT4> x) { return {_mm512_and_si512(x.v, _mm512_set1_epi8(15))}; }
+static inline Bytes<INT4> high_halves(Bytes<INT4> x) {
     return {_mm512_and_si512(_mm512_srli_epi16(x.v, 4), _mm512_set1_epi8(15))};
+}
+// Four columns of a token, for all rows.
+template <int KIND>
+static inline Four<KIND> load_four(const int8_t* p) {
+    return {_mm512_set1_epi32(load_int(p))};
 }
 template <int KIND>
 static inline Dots<KIND> begin(int32_t offset) {
     return {_mm512_set1_epi32(offset)};
 }
 template <int KIND>
-static inline Dots<KIND> dot(Dots<KIND> sums, Bytes w, int32_t four) {
-    return {add_bytes(sums.v, w.v, _mm512_set1_epi32(four))};
+static inline Dots<KIND> dot(Dots<KIND> sums, Bytes<KIND> w, Four<KIND> x) {
+    return {add_bytes(sums.v, w.v, x.v)};
 }
 template <int KIND>
 static inline Floats total(Dots<KIND> sums, int32_t) {
@@ -35,8 +54,13 @@ static inline Floats total(Dots<KIND> sums, int32_t) {
 
 #else
 
+template <int KIND>
 struct Bytes {
     __m256i low, high;
+};
+template <>
+struct Bytes<INT8> {
+    const char* place;  // registers are too few for more
 };
 // Beside int8 the sums are 32 bits wide; beside int4 sixteen, where a block's eight products of at most 15 * 127 * 2 fit.
 template <int KIND>
@@ -44,43 +68,65 @@ struct Dots {
     __m256i low, high;
 };
 template <int KIND>
-constexpr int32_t OFFSET = KIND == INT4 ? 8 : 0;
+struct Four {
+    __m256i v;
+};
+// Only unsigned bytes can be multiplied with signed ones: so activations beside int8 come as their sizes and, ROUND bytes
+// further, what their signs make of a weight. It takes away the offset of 128, which leaves w, or ~w = -w - 1 where the
+// activation is negative: then the product is too small by the activation's size.
+template <>
+struct Four<INT8> {
+    __m256i v, signs;
+};
+constexpr int8_t PLUS = -128, MINUS = 127;
+template <int KIND>
+constexpr int32_t OFFSET = KIND == INT4 ? 8 : 1;
 
 // Written as instructions, because GCC moves additions of whole numbers behind all products and runs out of registers.
-static inline void add32(__m256i& sum, __m256i v) { asm("vpaddd %1, %0, %0" : "+x"(sum) : "x"(v)); }
 static inline void add16(__m256i& sum, __m256i v) { asm("vpaddw %1, %0, %0" : "+x"(sum) : "x"(v)); }
-
-static inline Bytes load_bytes(const char* p) {
-    const __m256i* v = reinterpret_cast<const __m256i*>(p);
-    return {_mm256_loadu_si256(v), _mm256_loadu_si256(v + 1)};
+static inline void add_signed(__m256i& sum, const char* w, Four<INT8> x) {
+    __m256i v;
+    asm("vpxor %2, %4, %1\n\tvpmaddubsw %1, %3, %1\n\tvpmaddwd %5, %1, %1\n\tvpaddd %1, %0, %0"
+        : "+x"(sum), "=&x"(v)
+        : "m"(*reinterpret_cast<const __m256i_u*>(w)), "x"(x.v), "x"(x.signs), "x"(_mm256_set1_epi16(1)));
 }
-static inline Bytes low_halves(Bytes x) {
+
+template <int KIND>
+static inline Bytes<KIND> load_bytes(const char* p) {
+    const __m256i* v = reinterpret_cast<const __m256i*>(p);
+    if constexpr (KIND == INT8)
+        return {p};
+    else
+        return {_mm256_loadu_si256(v), _mm256_loadu_si256(v + 1)};
+}
+static inline Bytes<INT4> low_halves(Bytes<INT4> x) {
     const __m256i mask = _mm256_set1_epi8(15);
     return {_mm256_and_si256(x.low, mask), _mm256_and_si256(x.high, mask)};
 }
-static inline Bytes high_halves(Bytes x) {
+static inline Bytes<INT4> high_halves(Bytes<INT4> x) {
     const __m256i mask = _mm256_set1_epi8(15);
     return {_mm256_and_si256(_mm256_srli_epi16(x.low, 4), mask), _mm256_and_si256(_mm256_srli_epi16(x.high, 4), mask)};
 }
 template <int KIND>
-static inline Dots<KIND> begin(int32_t) {
-    return {_mm256_setzero_si256(), _mm256_setzero_si256()};
-}
-// Bytes have no signed product: the sign of the weight goes to the activation.
-static inline __m256i signed_products(__m256i w, __m256i x) {
-    w = _mm256_xor_si256(w, _mm256_set1_epi8(-128));
-    const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
-    return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+static inline Four<KIND> load_four(const int8_t* p) {
+    if constexpr (KIND == INT4)
+        return {_mm256_set1_epi32(load_int(p))};
+    else
+        return {_mm256_set1_epi32(load_int(p)), _mm256_set1_epi32(load_int(p + ROUND))};
 }
 template <int KIND>
-static inline Dots<KIND> dot(Dots<KIND> sums, Bytes w, int32_t four) {
-    const __m256i x = _mm256_set1_epi32(four);
+static inline Dots<KIND> begin(int32_t offset) {
+    const __m256i begun = KIND == INT4 ? _mm256_setzero_si256() : _mm256_set1_epi32(offset);
+    return {begun, begun};
+}
+template <int KIND>
+static inline Dots<KIND> dot(Dots<KIND> sums, Bytes<KIND> w, Four<KIND> x) {
     if constexpr (KIND == INT4) {
-        add16(sums.low, _mm256_maddubs_epi16(w.low, x));
-        add16(sums.high, _mm256_maddubs_epi16(w.high, x));
+        add16(sums.low, _mm256_maddubs_epi16(w.low, x.v));
+        add16(sums.high, _mm256_maddubs_epi16(w.high, x.v));
     } else {
-        add32(sums.low, signed_products(w.low, x));
-        add32(sums.high, signed_products(w.high, x));
+        add_signed(sums.low, w.place, x);
+        add_signed(sums.high, w.place + 32, x);
     }
     return sums;
 }
@@ -98,14 +144,26 @@ static inline Floats total(Dots<KIND> sums, int32_t offset) {
 
 // --- activations ---
 
+// Sixteen of a block, and the sums of what the weights' offset counts for.
+template <int KIND>
 static inline void narrow_sixteen(int8_t* to, Floats x, __m256i& sums) {
     __m256 low, high;
     halves(x, low, high);
     const __m256i a = _mm256_cvtps_epi32(low), b = _mm256_cvtps_epi32(high);
-    sums = _mm256_add_epi32(sums, _mm256_add_epi32(a, b));
     const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
-                     _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+    __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+    __m256i counted = _mm256_add_epi32(a, b);
+#ifndef WIDE
+    if constexpr (KIND == INT8) {
+        const __m256i none = _mm256_setzero_si256();
+        counted = _mm256_add_epi32(_mm256_min_epi32(a, none), _mm256_min_epi32(b, none));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + ROUND),
+                         _mm_blendv_epi8(_mm_set1_epi8(PLUS), _mm_set1_epi8(MINUS), bytes));
+        bytes = _mm_abs_epi8(bytes);
+    }
+#endif
+    sums = _mm256_add_epi32(sums, counted);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), bytes);
 }
 
 template <int KIND>
@@ -125,7 +183,7 @@ static void narrow_activations(const Activations& a, int64_t token, int64_t colu
         const float magnitude = largest_of(most);
         const Floats factor = all(magnitude > 0 ? 127.0f / magnitude : 0.0f);
         __m256i sums = _mm256_setzero_si256();
-        for (int64_t i = 0; i < EACH; i += LANES) narrow_sixteen(q + i, load(x + i) * factor, sums);
+        for (int64_t i = 0; i < EACH; i += LANES) narrow_sixteen<KIND>(q + i, load(x + i) * factor, sums);
         __m128i s = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
         s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
         s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1));
@@ -141,7 +199,7 @@ static inline void whole_sums(const Activations& a, int64_t token, int64_t b, in
                               const char* const (&p)[P], const char* const (&next)[P], Dots<KIND> (&sums)[M][P],
                               int64_t step = LINE) {
     constexpr int64_t EACH = block_of(KIND), STEP = KIND == INT4 ? 8 : 4;  // columns in 64 bytes of a panel
-    constexpr int TURN = N == P ? 1 : 4;  // steps that are written out, so that every panel gets its turn
+    constexpr int TURN = N == P ? 1 : P;  // steps that are written out, so that every panel gets its turn
     if (M > 6 && !a.few()) __builtin_unreachable();  // then all lie at places that the compiler knows
     const int64_t between = a.between(), each = a.each<KIND>();
     const int8_t* x[M];
@@ -153,9 +211,9 @@ static inline void whole_sums(const Activations& a, int64_t token, int64_t b, in
     const int64_t steps = (std::min(EACH, columns - b * EACH) + STEP - 1) / STEP;
     for (int64_t s = 0; s < steps; s += TURN)
         UNROLL for (int u = 0; u < TURN; u++) {
-            Bytes v[P], more[P];
+            Bytes<KIND> v[P], more[P];
             UNROLL for (int i = 0; i < P; i++) {
-                v[i] = load_bytes(p[i] + (s + u) * 64);
+                v[i] = load_bytes<KIND>(p[i] + (s + u) * 64);
                 if constexpr (KIND == INT4) more[i] = high_halves(v[i]), v[i] = low_halves(v[i]);
             }
             UNROLL for (int i = 0; i < N; i++) {
@@ -164,11 +222,10 @@ static inline void whole_sums(const Activations& a, int64_t token, int64_t b, in
             }
             UNROLL for (int m = 0; m < M; m++) {
                 const int8_t* at = x[m] + (s + u) * STEP;
-                int32_t four;
-                std::memcpy(&four, at, 4);
+                Four<KIND> four = load_four<KIND>(at);
                 UNROLL for (int i = 0; i < P; i++) sums[m][i] = dot<KIND>(sums[m][i], v[i], four);
                 if constexpr (KIND == INT4) {
-                    std::memcpy(&four, at + 4, 4);
+                    four = load_four<KIND>(at + 4);
                     UNROLL for (int i = 0; i < P; i++) sums[m][i] = dot<KIND>(sums[m][i], more[i], four);
                 }
             }
@@ -209,9 +266,13 @@ static void whole_tile(const Matrix& w, const Activations& a, int64_t token, int
     UNROLL for (int i = 0; i < P; i++) p[i] = w.panel(panel + i);
     for (int64_t b = 0; b < blocks; b++) {
         Dots<KIND> sums[M][P];
-        UNROLL for (int i = 0; i < P; i++) next[i] = p[i] + AHEAD;
-        if (SHARED<KIND, P> && said.from) next[0] = said.from + b * (BYTES / LINE) * said.step;
-        whole_sums<KIND, M, P, P>(a, token, b, w.columns, p, next, sums, SHARED<KIND, P> ? said.step : LINE);
+        if (SHARED<KIND, P> && said.from) {
+            UNROLL for (int i = 0; i < P; i++) next[i] = said.from + (b * (BYTES / LINE) + i) * said.step;
+            whole_sums<KIND, M, P, 1>(a, token, b, w.columns, p, next, sums, P * said.step);
+        } else {
+            UNROLL for (int i = 0; i < P; i++) next[i] = p[i] + AHEAD;
+            whole_sums<KIND, M, P, P>(a, token, b, w.columns, p, next, sums);
+        }
         Floats scales[P];
         if constexpr (KIND == INT4)
             UNROLL for (int i = 0; i < P; i++)
