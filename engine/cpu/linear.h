@@ -187,7 +187,7 @@ static void groups_over(const Matrix& w, const Activations& a, int64_t token, in
 
 // Tokens of a pass where it takes several.
 template <int KIND>
-constexpr int64_t MOST = KIND == INT4 ? 4 : KIND == INT8 ? 3 : 6;
+constexpr int64_t MOST = KIND == INT8 ? 3 : 6;
 
 #endif
 
@@ -244,7 +244,7 @@ static void panels_of(const Matrix& w, const Activations& a, int64_t tokens, int
     const int64_t most = tokens > FEW ? 6 : KIND == INT4 ? 8 : 16;
 #else
     // That weights come in one pass counts for more than how fast they are multiplied.
-    const int64_t most = tokens <= 6 && KIND != INT4 ? 6 : MOST<KIND>;
+    const int64_t most = tokens <= 6 ? 6 : MOST<KIND>;
 #endif
     const int64_t passes = (tokens + most - 1) / most;
     const auto pass = [&](int64_t number) {  // whose tokens begin there
