@@ -17,7 +17,8 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 SOURCES = (
-    "model.cpp", "sampling.h", "attention.h", "tiles.h", "linear.h", "whole.h", "packed.h", "vector.h", "threads.h"
+    "model.cpp", "sampling.h", "single.h", "chunk.h", "attention.h", "tiles.h", "linear.h", "whole.h", "packed.h",
+    "vector.h", "threads.h",
 )  # fmt: skip
 # Sums must not depend on how a loop was compiled, so the compiler may not fuse multiplications and additions by itself.
 FLAGS = ("-O3", "-std=c++20", "-ffp-contract=off", "-shared", "-fPIC", "-pthread")

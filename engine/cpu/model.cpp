@@ -3,6 +3,8 @@
 // The layers go through phases that the threads share out. With tensor parallelism each call runs one half of a layer
 // on this rank's shard and leaves a partial sum for the all-reduce; the next call adds it to the residual stream.
 
+#include "single.h"
+#include "chunk.h"
 #include "sampling.h"
 #include "threads.h"
 
