@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny_models import TINY, model_of, random_weights
 
 from engine.config import ConfigError, EngineConfig
@@ -165,6 +166,27 @@ def test_quantized_weights_give_the_logits_of_the_numbers_that_they_stand_for(na
         rounded[each] = weight if kept or not wanted.fits(weight.shape[1]) else wanted.quantize(weight).dequantize()
     # What activations of eight bits leave, with a scale for every 128 or 32.
     assert difference(logits_of(runner, args), reference(args, rounded)) <= 3e-2
+
+
+@pytest.mark.usefixtures("cpu")
+@pytest.mark.parametrize("count", [1, 2, 5, 8, 16, 23, 40])
+def test_products_with_int8_are_those_of_whole_numbers(count: int) -> None:
+    """To the last bit of an activation: what is left of a model whose layers add nothing is one product."""
+    args = ModelArgs(dim=200, n_layers=1, n_heads=2, vocab_size=77, ffn_hidden_dim=64, max_seq_len=LENGTH)
+    weights = weights_of(args, torch.float32)
+    for name in weights:
+        if name.endswith(("wo.weight", "w2.weight")):
+            weights[name] = torch.zeros_like(weights[name])
+    tokens = tokens_of(args)[0][:count]
+    runner = CpuRunner(model_of(args, weights), limits(quantization="int8"))
+    logits = runner.run(StepPlan((Segment(0, 0, tuple(tokens), count),)))
+
+    x = F.rms_norm(weights["tok_embeddings.weight"][tokens], (args.dim,), weights["norm.weight"], args.norm_eps)
+    blocks = F.pad(x, (0, 256 - args.dim)).unflatten(1, (2, 128))
+    scales = blocks.abs().amax(2, keepdim=True) / 127
+    rounded = (blocks / scales).round() * scales
+    expected = rounded.flatten(1)[:, : args.dim] @ SCHEMES["int8"].quantize(weights["output.weight"]).dequantize().T
+    assert difference(logits, expected) <= 1e-5
 
 
 @pytest.mark.usefixtures("cpu")
