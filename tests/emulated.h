@@ -1,5 +1,5 @@
-// Instructions that the CPU at hand may lack, as plain code: products of bfloat16 pairs, and tiles. Put before the
-// kernels' sources, it lets their tests compute with what is compiled for other CPUs.
+// Instructions that the CPU at hand may lack, as plain code: all of AVX-512, products of bfloat16 pairs, and tiles. Put
+// before the kernels' sources, it lets their tests compute with what is compiled for other CPUs.
 #pragma once
 
 #include <immintrin.h>
@@ -7,6 +7,18 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+
+#ifdef EMULATED_WIDE
+#include "emulated_wide.h"
+#ifdef EMULATED_PAIRS
+#define __AVX512BF16__ 1
+#endif
+#ifdef EMULATED_TILES
+#define __AMX_TILE__ 1
+#define __AMX_INT8__ 1
+#define __AMX_BF16__ 1
+#endif
+#endif
 
 namespace emulated {
 
@@ -23,25 +35,28 @@ inline float add_pair(float sum, uint32_t a, uint32_t b) {
 }
 
 inline __m512 add_pairs(__m512 sums, __m512i a, __m512i b) {
-    alignas(64) float s[16];
-    alignas(64) uint32_t x[16], y[16];
-    _mm512_store_ps(s, sums);
-    _mm512_store_si512(x, a);
-    _mm512_store_si512(y, b);
+    float s[16];
+    uint32_t x[16], y[16];
+    std::memcpy(s, &sums, 64);
+    std::memcpy(x, &a, 64);
+    std::memcpy(y, &b, 64);
     for (int i = 0; i < 16; i++) s[i] = add_pair(s[i], x[i], y[i]);
-    return _mm512_load_ps(s);
+    std::memcpy(&sums, s, 64);
+    return sums;
 }
 
 // To the nearest bfloat16, of two the even one; what is no number stays none.
 inline __m256bh to_bfloat16(__m512 from) {
-    alignas(64) uint32_t x[16];
-    alignas(32) uint16_t y[16];
-    _mm512_store_ps(reinterpret_cast<float*>(x), from);
+    uint32_t x[16];
+    uint16_t y[16];
+    __m256bh to;
+    std::memcpy(x, &from, 64);
     for (int i = 0; i < 16; i++) {
         const bool none = (x[i] & 0x7fffffff) > 0x7f800000;
         y[i] = uint16_t(none ? x[i] >> 16 | 0x40 : (x[i] + 0x7fff + (x[i] >> 16 & 1)) >> 16);
     }
-    return reinterpret_cast<__m256bh>(_mm256_load_si256(reinterpret_cast<const __m256i*>(y)));
+    std::memcpy(&to, y, 32);
+    return to;
 }
 
 struct Tile {
