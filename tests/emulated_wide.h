@@ -23,12 +23,16 @@ template <typename V, typename H>
 inline V twice(H half) {
     return std::bit_cast<V>(Two<H>{half, half});
 }
-#define FLOATS(name, half)   \
-    template <typename... V> \
-    inline __m512 name(V... v) { return by_halves<__m512, __m256>([](auto... h) { return half(h...); }, v...); }
-#define WHOLES(name, half)    \
-    template <typename... V>  \
-    inline __m512i name(V... v) { return by_halves<__m512i, __m256i>([](auto... h) { return half(h...); }, v...); }
+#define FLOATS(name, half)                                                                                \
+    template <typename... V>                                                                              \
+    inline __m512 name(V... v) {                                                                          \
+        return by_halves<__m512, __m256>([](auto... h) { return half(h...); }, v...);                     \
+    }
+#define WHOLES(name, half)                                                                                \
+    template <typename... V>                                                                              \
+    inline __m512i name(V... v) {                                                                         \
+        return by_halves<__m512i, __m256i>([](auto... h) { return half(h...); }, v...);                   \
+    }
 
 FLOATS(add_ps, _mm256_add_ps)
 FLOATS(sub_ps, _mm256_sub_ps)
@@ -92,7 +96,8 @@ inline __m512 abs_ps(__m512 a) {
     return by_halves<__m512, __m256>([](__m256 x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }, a);
 }
 inline __m512 round_to_nearest(__m512 a, int) {
-    return by_halves<__m512, __m256>([](__m256 x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }, a);
+    constexpr int MODE = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    return by_halves<__m512, __m256>([](__m256 x) { return _mm256_round_ps(x, MODE); }, a);
 }
 // a * 2^n for whole n, in two steps of which only the second one rounds.
 inline __m512 scalef_ps(__m512 a, __m512 n) {
