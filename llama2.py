@@ -293,14 +293,14 @@ class Transformer(nn.Module):
         self.output = None if args.tie_embeddings else nn.Linear(args.dim, args.vocab_size, bias=False)
         self.group: dist.ProcessGroup | None = None
 
-    def forward(self, tokens_N: Tensor, positions_N: Tensor, cache: Cache, rows_R: Tensor) -> Tensor | None:
-        """Logits (R, V) in float32 for the chosen rows; under tensor parallelism on the group's first rank only."""
+    def forward(self, tokens_N: Tensor, positions_N: Tensor, cache: Cache, rows_R: Tensor | None) -> Tensor | None:
+        """Logits (R, V) in float32 for the chosen rows or all; with tensor parallelism on the first rank only."""
         angles = positions_N[:, None, None].float() * self.frequencies
         cosine, sine = angles.cos(), angles.sin()
         x_ND = self.tok_embeddings(tokens_N)
         for layer in self.layers:
             x_ND = layer(x_ND, cosine, sine, cache)
-        x_RD = self.norm(x_ND[rows_R])
+        x_RD = self.norm(x_ND if rows_R is None else x_ND[rows_R])
         logits_RV = self.output(x_RD) if self.output is not None else F.linear(x_RD, self.tok_embeddings.weight)
         return gather_vocabulary(logits_RV.float(), self.args.vocab_size, self.group)
 

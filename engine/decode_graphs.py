@@ -117,7 +117,8 @@ class DecodeGraphs:
         """The buffers through the model. Everything here may be captured, so nothing here may look at a value."""
         tokens_N, positions_N, slots_N, wanted_R = self._views(rows)
         self._cache.begin_padded(slots_N, positions_N, slice(0, rows) if in_place else slots_N, context)
-        self._logits_RV[:rows] = self._model(tokens_N, positions_N, self._cache, wanted_R)
+        # Without a slot in every row the wanted ones are all, in order.
+        self._logits_RV[:rows] = self._model(tokens_N, positions_N, self._cache, wanted_R if in_place else None)
 
 
 def bucket(size: int, least: int, most: int) -> int:

@@ -15,7 +15,7 @@ from engine.checkpoint import Checkpoint, read_tensors
 from engine.config import ConfigError, DeviceError, EngineConfig
 from engine.cpu.library import MOST_HEADS_PER_KEY, NoKernels, load
 from engine.gpu import NotOnThisGpu
-from engine.gpu.block import FusedBlock, check_fusion
+from engine.gpu.block import FusedBlock, FusedNorm, check_fusion
 from engine.gpu.linear import QuantizedLinear, check_products
 from engine.kv_cache import KVCache
 from engine.parallel import Ranks
@@ -187,6 +187,9 @@ def memory_need(args: ModelArgs, limits: Limits, ranks: int) -> MemoryNeed:
         per_token = 4 * (2 * args.dim + (heads + 2 * keys) * args.head_dim + 2 * hidden) + 8 * widest
         masks = 16 * args.head_dim * limits.max_seq_len  # RoPE's table, and the same again for a layer's packing
     working = limits.max_tokens_per_step * per_token + rows * args.vocab_size * 32 + masks
+    if limits.packed:  # many tokens have a matrix unpacked: the largest there is, of those that lie side by side
+        widest = max((heads + 2 * keys) * args.head_dim, 2 * hidden, args.vocab_size // ranks)
+        working += widest * args.dim * limits.dtype.itemsize
     if graphs:
         # What graphs use is kept for them: activations, logits in both dtypes and in the buffer that all share, and one
         # layer of the slots that are brought together, fewer than half of them. What the driver itself keeps for a
@@ -264,6 +267,8 @@ def fill_in(model: Transformer, limits: Limits, ranks: Ranks, fill: Callable[[nn
         fill(model.get_submodule(name), f"{name}.")
         if limits.fused and name.startswith("layers."):
             model.set_submodule(name, FusedBlock(model.get_submodule(name)))
+        if limits.fused and name == "norm":
+            model.set_submodule(name, FusedNorm(model.norm))
         if limits.scheme is not None:
             _quantize(model, name, limits, ranks)
     if ranks.tp is not None:

@@ -34,28 +34,40 @@ class RaggedCache(KVCache):
         self.keys_LBKTH, self.values_LBKTH = (
             cache.unflatten(1, (slots, max_seq_len)).transpose(2, 3) for cache in (self._keys_LPKH, self._values_LPKH)
         )
-        self._device, self._length = device, max_seq_len
+        self._device, self.length = device, max_seq_len
+        self.arrived = torch.zeros(slots * kv_heads, dtype=torch.int32, device=device)
+        """For kernels that share a sequence's positions: how many of them have done theirs; 0 between steps."""
 
     def begin(self, segments: Ordered[Segment], positions_N: Tensor) -> None:
         counts = [len(segment.tokens) for segment in segments]
         lengths = [segment.start + count for segment, count in zip(segments, counts, strict=True)]
         slots = [segment.slot for segment in segments]
+        self._most, self._longest, self.singles = max(counts), max(lengths), max(counts) == 1
+        if self.singles:
+            self._begin_singles(torch.tensor(slots, device=self._device), positions_N, self.length)
+            return
         numbers = torch.tensor((slots, counts, lengths), device=self._device)
-        begins_N = (numbers[0] * self._length).repeat_interleave(numbers[1], output_size=sum(counts))
+        begins_N = (numbers[0] * self.length).repeat_interleave(numbers[1], output_size=sum(counts))
         self.places_N = begins_N + positions_N
         self._describe(numbers[0], F.pad(numbers[1].cumsum(0), (1, 0)), numbers[2])
-        self._most, self._longest = max(counts), max(lengths)
 
     def begin_padded(self, slots_N: Tensor, positions_N: Tensor, view: slice | Tensor, length: int) -> None:
-        self.places_N = slots_N * self._length + positions_N
-        lengths_N = torch.where(positions_N < self._length - 1, positions_N + 1, 1)  # padded rows stand at the very end
-        self._describe(slots_N, torch.arange(len(slots_N) + 1, device=self._device), lengths_N)
-        self._most, self._longest = 1, self._length
+        self._most, self._longest, self.singles = 1, self.length, True
+        self._begin_singles(slots_N, positions_N, self.length - 1)
+
+    def _begin_singles(self, slots_N: Tensor, positions_N: Tensor, beyond: int) -> None:
+        """A row at the position `beyond` is padding, and sees nothing but itself."""
+        self.slots_N, self.positions_N, self.beyond, self._lengths = slots_N, positions_N, beyond, None
+
+    def _describe_singles(self) -> None:
+        self.places_N = self.slots_N * self.length + self.positions_N
+        lengths_N = torch.where(self.positions_N < self.beyond, self.positions_N + 1, 1)
+        self._describe(self.slots_N, torch.arange(len(self.slots_N) + 1, device=self._device), lengths_N)
 
     def _describe(self, slots: Tensor, ends: Tensor, lengths: Tensor) -> None:
         """Where each sequence's tokens are in the step, where its slot begins, and how much of that counts."""
         self._tokens_end = ends.int()
-        self._slots_begin = F.pad(slots * self._length, (0, 1)).int()
+        self._slots_begin = F.pad(slots * self.length, (0, 1)).int()
         self._lengths = lengths.int()
 
     def of_layer(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -63,6 +75,8 @@ class RaggedCache(KVCache):
         return self._keys_LPKH[layer], self._values_LPKH[layer]
 
     def attend(self, layer: int, q_NQH: Tensor, k_NKH: Tensor, v_NKH: Tensor) -> Tensor:
+        if self._lengths is None:
+            self._describe_singles()
         keys_PKH, values_PKH = self.of_layer(layer)
         keys_PKH[self.places_N], values_PKH[self.places_N] = k_NKH, v_NKH
         return self.attend_over_kept(layer, q_NQH)

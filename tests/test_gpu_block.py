@@ -19,16 +19,16 @@ from engine import loader
 from engine.config import EngineConfig
 from engine.gpu import NotOnThisGpu, block
 from engine.gpu.block import FusedBlock, check_fusion
-from engine.gpu.linear import QuantizedLinear
+from engine.gpu.linear import QuantizedLinear, times
 from engine.loader import Limits
 from engine.parallel import Launch, Ranks
 from engine.runner import Runner
 from engine.scheduler import Segment, StepPlan
-from llama2 import ModelArgs
+from llama2 import ModelArgs, RowwiseLinear
 from quant import SCHEMES
 
 pytest.importorskip("triton", reason="Triton, which PyTorch for CUDA brings along, is not installed")
-from engine.gpu import pointwise  # noqa: E402
+from engine.gpu import attention, choice, pointwise  # noqa: E402
 
 DEVICE = "cuda:0" if torch.cuda.is_available() else "cpu"
 # PyTorch's attention takes no float32 on a GPU; Triton's interpreter is exact in it.
@@ -97,8 +97,22 @@ def forgotten_value(qkv, cosine, sine, places, keys, values):
     return pointwise.place_rotated(qkv, cosine, sine, places, keys, values.clone())
 
 
-def sum_not_passed_on(x, more, weight, epsilon):
-    return x, pointwise.add_norm(x, more, weight, epsilon)[1]
+def wrong_turn_of_singles(qkv, cosine, sine, *rest):
+    return attention.attend_turned(qkv, cosine, -sine, *rest)
+
+
+def a_position_too_few(qkv, cosine, sine, cache, layer):
+    cache.positions_N = cache.positions_N - 1
+    return attention.attend_turned(qkv, cosine, sine, cache, layer)
+
+
+def only_themselves(qkv, cosine, sine, cache, layer):
+    cache.beyond = 0
+    return attention.attend_turned(qkv, cosine, sine, cache, layer)
+
+
+def no_gain(x, weight, epsilon):
+    return pointwise.normalise(x, torch.ones_like(weight), epsilon)
 
 
 def halves_exchanged(gate_up):
@@ -109,25 +123,63 @@ def does_not_run(gate_up):
     raise RuntimeError("no C compiler")
 
 
+WRONG = "came out wrong in a test"
+
+
 @pytest.mark.parametrize(
     ("name", "fault", "reason"),
     [
-        ("place_rotated", wrong_turn, "came out wrong in a test"),
-        ("place_rotated", forgotten_value, "came out wrong in a test"),
-        ("add_norm", sum_not_passed_on, "came out wrong in a test"),
-        ("swiglu", halves_exchanged, "came out wrong in a test"),
+        ("place_rotated", wrong_turn, WRONG),
+        ("place_rotated", forgotten_value, WRONG),
+        ("attend_turned", wrong_turn_of_singles, WRONG),
+        ("attend_turned", a_position_too_few, WRONG),
+        ("attend_turned", only_themselves, WRONG),
+        ("normalise", no_gain, WRONG),
+        ("swiglu", halves_exchanged, WRONG),
         ("swiglu", does_not_run, "RuntimeError: no C compiler"),
     ],
 )
 def test_the_check_at_the_start_finds_what_does_not_work(
     name: str, fault: object, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = ("place_rotated", "add_norm", "swiglu")
-    faulty = type("Faulty", (), {each: staticmethod(getattr(pointwise, each)) for each in names})
-    setattr(faulty, name, staticmethod(fault))
-    monkeypatch.setattr(block, "_pointwise", lambda: faulty)
+    kernels = block._kernels()
+    setattr(kernels, name, fault)
+    monkeypatch.setattr(block, "_kernels", lambda: kernels)
     with pytest.raises(NotOnThisGpu, match=reason):
         check_fusion(DEVICE, torch.float16, TINY)
+
+
+def test_a_product_of_ranks_is_summed_before_anything_is_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only then is it added once."""
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda y, group: y.mul_(2))
+    random = torch.Generator().manual_seed(1)
+    layer = RowwiseLinear(32, 8, bias=False).requires_grad_(False)
+    layer.weight.copy_(torch.randn(8, 32, generator=random))
+    layer = layer.to(DEVICE, DTYPE)
+    quantized = QuantizedLinear(SCHEMES["fp8"].quantize(layer.weight.float()), "the ranks").to(DEVICE)
+    for tokens in (1, 3, 70):
+        x = torch.randn(tokens, 32, generator=random).to(DEVICE, DTYPE)
+        more = torch.randn(tokens, 8, generator=random).to(DEVICE, DTYPE)
+        product = x.float() @ layer.weight.float().t()
+        for group, times_as_much in ((None, 1), ("the ranks", 2)):
+            layer.group = group
+            assert (times(layer, x, more) - (times_as_much * product + more)).abs().max() < TOLERANCE * 10
+            assert (times(layer, x) - times_as_much * product).abs().max() < TOLERANCE * 10
+        assert (times(quantized, x, more) - (2 * product + more)).abs().max() < 0.1 * product.abs().max()
+
+
+def test_the_likeliest_tokens_are_found_in_one_pass_with_what_is_no_number() -> None:
+    random = torch.Generator().manual_seed(1)
+    logits = torch.randn(9, 20000, generator=random)
+    logits[0, 19999] = logits[1, 0] = logits[2, 8191] = logits[3, 8192] = 9.0
+    logits[4, 17000] = logits[4, 300] = 9.0  # the first of two
+    logits[5] = -1e30
+    logits[6, 5], logits[7, 19000], logits[8, 3] = torch.nan, torch.inf, -torch.inf
+    tokens, told = choice.likeliest(logits.to(DEVICE), -1)
+    finite = logits.sum(-1).isfinite()
+    assert finite.tolist() == [True] * 6 + [False] * 3
+    assert tokens[:6].tolist() == told[:6].tolist() == [19999, 0, 8191, 8192, 300, 0]
+    assert told[6:].tolist() == [-1] * 3 and (0 <= tokens).all() and (tokens < 20000).all()
 
 
 def test_a_gpu_without_it_is_told_so_and_served_all_the_same(
@@ -175,8 +227,12 @@ def test_all_kernels_compile_for_gpus_that_are_not_here_and_fit_into_them(capabi
     )
     assert done.returncode == 0, done.stderr[-2000:]
     made = json.loads(done.stdout)
-    assert len(made["products"]) == 3 * len(SCHEMES) and len(made["between"]) == 3
+    assert len(made["products"]) == 2 * len(SCHEMES) and len(made["others"]) == 15
     for each in made["products"]:
         assert each["tensor cores"] and each["loads ahead"], each
-    for each in made["products"] + made["between"]:
+    for each in made["products"] + made["others"]:
         assert each["shared"] <= SHARED_MEMORY[capability], each
+    # Those of single tokens overlap where a GPU can do that.
+    alone = ("unpack_bytes", "unpack_halves", "rotate_and_place", "largest")
+    for each in made["others"]:
+        assert each["waits"] == (capability >= 90 and not each["what"].startswith(alone)), each

@@ -13,7 +13,7 @@ from tiny_models import TINY, filling, limits
 from engine import loader
 from engine.config import EngineConfig
 from engine.gpu import NotOnThisGpu, linear
-from engine.gpu.linear import QuantizedLinear, check_products
+from engine.gpu.linear import QuantizedLinear, check_products, times
 from engine.loader import Limits, memory_need
 from engine.parallel import Launch, Ranks
 from engine.runner import Runner
@@ -30,6 +30,13 @@ DTYPES = (torch.float32, torch.float16) + ((torch.bfloat16,) if torch.cuda.is_av
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
+def in_eight_bits(x: torch.Tensor) -> torch.Tensor:
+    """What a single token's activations become beside whole numbers: 8 bits, with a scale for every 32."""
+    grouped = x.float().unflatten(1, (-1, 32))
+    scales = grouped.abs().amax(2, keepdim=True) / 127.0
+    return (torch.where(scales > 0, grouped / scales, 0.0).round() * scales).flatten(1)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", SCHEMES)
 def test_products_are_those_of_the_numbers_that_the_weights_stand_for(name: str, dtype: torch.dtype) -> None:
@@ -41,9 +48,31 @@ def test_products_are_those_of_the_numbers_that_the_weights_stand_for(name: str,
         layer, weight_t = QuantizedLinear(quantized).to(DEVICE), quantized.dequantize().t()
         for tokens in (1, 3, 16, 17, 65, 130):
             x = torch.randn(tokens, columns, generator=random).to(dtype)
-            expected, found = x.float() @ weight_t, layer(x.to(DEVICE)).cpu()
+            counted = in_eight_bits(x) if tokens == 1 and name != "fp8" else x.float()
+            expected, found = counted @ weight_t, layer(x.to(DEVICE)).cpu()
             assert found.dtype == dtype and found.shape == (tokens, rows)
             assert (found.float() - expected).abs().max() <= TOLERANCE[dtype] * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_a_token_of_zeros_or_of_few_large_numbers_is_no_exception(name: str) -> None:
+    quantized = SCHEMES[name].quantize(torch.randn(40, 256, generator=torch.Generator().manual_seed(1)))
+    layer, weight_t = QuantizedLinear(quantized).to(DEVICE), quantized.dequantize().t()
+    x = torch.zeros(1, 256)
+    assert not layer(x.to(DEVICE)).any()
+    x[0, 3], x[0, 4], x[0, 250] = 1e4, -1e-4, 3.0
+    expected = x @ weight_t
+    assert (layer(x.to(DEVICE)).cpu() - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_what_is_added_to_a_product_is_added_once(name: str) -> None:
+    random = torch.Generator().manual_seed(1)
+    layer = QuantizedLinear(SCHEMES[name].quantize(torch.randn(40, 256, generator=random))).to(DEVICE)
+    for tokens in (1, 5, 70):
+        x = torch.randn(tokens, 256, generator=random).to(DEVICE)
+        more = torch.randn(tokens, 40, generator=random).to(DEVICE)
+        assert (times(layer, x, more) - (layer(x) + more)).abs().max() < 1e-4
 
 
 def test_a_token_gets_the_same_bits_in_whatever_company_of_its_size() -> None:
@@ -106,7 +135,9 @@ def test_under_tensor_parallelism_the_layers_that_are_summed_have_the_group(monk
     model = loader.lay_out(TINY, chosen, Ranks(Launch(), DEVICE, TINY))
     ranks = SimpleNamespace(tp=SimpleNamespace(get_group=lambda: "the ranks"), device=DEVICE)
     model = loader.fill_in(model, chosen, ranks, filling(TINY, DEVICE))
-    groups = {name: module._group for name, module in model.layers[1].named_modules() if hasattr(module, "_group")}
+    groups = {
+        name: module.group for name, module in model.layers[1].named_modules() if isinstance(module, QuantizedLinear)
+    }
     summed = {"attention.wo", "feed_forward.w2"}
     assert summed < groups.keys() and len(groups) == 7
     assert all(group == ("the ranks" if name in summed else None) for name, group in groups.items())
@@ -134,13 +165,13 @@ def test_a_gpu_that_is_too_old_is_named(
 def test_the_check_at_the_start_finds_what_does_not_work(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     check_products(DEVICE, SCHEMES["int4"], torch.float16)
 
-    def faulty(x: torch.Tensor, weights: torch.Tensor, scales: torch.Tensor, group: int | None) -> torch.Tensor:
+    def faulty(x: torch.Tensor, *rest: object) -> torch.Tensor:
         if fault == "raises":
             raise RuntimeError("no C compiler")
-        y = product.product(x, weights, scales, group)
+        y = product.product(x, *rest)
         return y * 1.1 if fault == "wrong" else y * torch.nan
 
-    monkeypatch.setattr(linear, "_product", lambda: faulty)
+    monkeypatch.setattr(linear, "_kernels", lambda: SimpleNamespace(product=faulty))
     reason = "RuntimeError: no C compiler" if fault == "raises" else "came out wrong in a test"
     with pytest.raises(NotOnThisGpu, match=reason):
         check_products(DEVICE, SCHEMES["int4"], torch.float16)

@@ -1,17 +1,19 @@
-"""A layer of the model in ten kernels on a GPU: its matrices that share an input lie side by side."""
+"""A layer of the model in few kernels on a GPU: its matrices that share an input lie side by side."""
 
 from __future__ import annotations
 
-from types import ModuleType
+from collections.abc import Sequence as Ordered
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from engine.gpu import NotOnThisGpu
+from engine.gpu.linear import times
 from engine.ragged_cache import RaggedCache
 from engine.scheduler import Segment
-from llama2 import ModelArgs, TransformerBlock
+from llama2 import ModelArgs, RMSNorm, TransformerBlock
 
 
 class FusedBlock(nn.Module):
@@ -24,21 +26,37 @@ class FusedBlock(nn.Module):
         self.layer = attention.layer
         self.wqkv, self.wo = _side_by_side(attention.wq, attention.wk, attention.wv), attention.wo
         self.gate_up, self.w2 = _side_by_side(feed_forward.w1, feed_forward.w3), feed_forward.w2
-        self.attention_norm, self.ffn_norm = block.attention_norm, block.ffn_norm
-        self._pointwise = _pointwise()
+        self.attention_norm, self.ffn_norm = FusedNorm(block.attention_norm), FusedNorm(block.ffn_norm)
+        self._kernels = _kernels()
 
     def forward(self, x_ND: Tensor, cosine: Tensor, sine: Tensor, cache: RaggedCache) -> Tensor:
-        qkv_ND = self.wqkv(self.attention_norm(x_ND))
-        q_NQH = self._pointwise.place_rotated(qkv_ND, cosine, sine, cache.places_N, *cache.of_layer(self.layer))
-        heads_ND = cache.attend_over_kept(self.layer, q_NQH).flatten(1)
-        x_ND, normal_ND = self._pointwise.add_norm(x_ND, self.wo(heads_ND), self.ffn_norm.weight, self.ffn_norm.eps)
-        return x_ND + self.w2(self._pointwise.swiglu(self.gate_up(normal_ND)))
+        qkv_ND = times(self.wqkv, self.attention_norm(x_ND))
+        if cache.singles:
+            heads_ND = self._kernels.attend_turned(qkv_ND, cosine, sine, cache, self.layer)
+        else:
+            q_NQH = self._kernels.place_rotated(qkv_ND, cosine, sine, cache.places_N, *cache.of_layer(self.layer))
+            heads_ND = cache.attend_over_kept(self.layer, q_NQH).flatten(1)
+        x_ND = times(self.wo, heads_ND, x_ND)
+        return times(self.w2, self._kernels.swiglu(times(self.gate_up, self.ffn_norm(x_ND))), x_ND)
 
 
-def _pointwise() -> ModuleType:
-    from engine.gpu import pointwise  # where there is no Triton, this module must be importable all the same
+class FusedNorm(nn.Module):
+    """What `RMSNorm` does, in a kernel that overlaps with its neighbours."""
 
-    return pointwise
+    def __init__(self, norm: RMSNorm) -> None:
+        super().__init__()
+        self.weight, self._epsilon = norm.weight, norm.eps
+        self._kernels = _kernels()
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        return self._kernels.normalise(x_ND, self.weight, self._epsilon)
+
+
+def _kernels() -> SimpleNamespace:
+    from engine.gpu import attention, pointwise  # where there is no Triton, this module must be importable all the same
+
+    chosen = (pointwise.normalise, pointwise.place_rotated, pointwise.swiglu, attention.attend_turned)
+    return SimpleNamespace(**{each.__name__: each for each in chosen})
 
 
 def _side_by_side(*layers: nn.Linear) -> nn.Linear:
@@ -60,16 +78,13 @@ def check_fusion(device: str, dtype: torch.dtype, args: ModelArgs) -> None:
         around, spread = (1.0, 0.1) if parameter.dim() == 1 else (0.0, parameter.shape[1] ** -0.5)
         parameter.copy_(around + spread * torch.randn(parameter.shape, generator=random))
     block = block.to(device, dtype)
-    x_ND = torch.randn(5, small.dim, generator=random).to(device, dtype)
-    angles = torch.randn(5, 1, small.head_dim // 2, generator=random).to(device)
-    segments = (Segment(2, 0, (1,) * 3, 1), Segment(1, 0, (1,) * 2, 1))
-    positions_N = torch.tensor((0, 1, 2, 0, 1), device=device)
-    found = []
+    steps = (  # chunks, and single tokens: few, many, one
+        (Segment(2, 0, (1,) * 70, 1), Segment(1, 0, (1,) * 2, 1)),
+        (Segment(1, 2, (1,), 1), Segment(2, 70, (1,), 1)),
+        (Segment(2, 71, (1,), 1),),
+    )
     try:
-        for layer in (block, FusedBlock(block)):
-            cache = RaggedCache(1, 3, small.n_kv_heads, 8, small.head_dim, dtype, device)
-            cache.begin(segments, positions_N)
-            found.append((layer(x_ND, angles.cos(), angles.sin(), cache), cache.keys_LBKTH, cache.values_LBKTH))
+        found = [_computed(layer, steps, small, device, dtype) for layer in (block, FusedBlock(block))]
     except ImportError as error:
         raise NotOnThisGpu(f"Triton is not installed: {error}") from error
     except Exception as error:  # Triton's compiler, the C compiler that it calls, the driver: each has its own kinds
@@ -77,3 +92,19 @@ def check_fusion(device: str, dtype: torch.dtype, args: ModelArgs) -> None:
     for expected, ours in zip(*found, strict=True):
         if not (ours.float() - expected.float()).abs().max() <= 0.02 * expected.float().abs().max():
             raise NotOnThisGpu("a layer came out wrong in a test")
+
+
+def _computed(
+    layer: nn.Module, steps: Ordered[Ordered[Segment]], args: ModelArgs, device: str, dtype: torch.dtype
+) -> list[Tensor]:
+    """What a layer makes of some steps, and of the cache."""
+    random = torch.Generator().manual_seed(1)
+    cache = RaggedCache(1, 3, args.n_kv_heads, 80, args.head_dim, dtype, device)
+    found = []
+    for segments in steps:
+        positions = [segment.start + place for segment in segments for place in range(len(segment.tokens))]
+        x_ND = torch.randn(len(positions), args.dim, generator=random).to(device, dtype)
+        angles = torch.randn(len(positions), 1, args.head_dim // 2, generator=random).to(device)
+        cache.begin(segments, torch.tensor(positions, device=device))
+        found.append(layer(x_ND, angles.cos(), angles.sin(), cache))
+    return [*found, cache.keys_LBKTH, cache.values_LBKTH]

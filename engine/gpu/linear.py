@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import cache
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -24,8 +25,7 @@ class QuantizedLinear(nn.Module):
         """With a process group, inputs are spread over its ranks and the partial products are summed."""
         super().__init__()
         scheme = quantized.scheme
-        self._product, self._group = _product(), group
-        self._columns_per_scale = scheme.group if isinstance(scheme, Int4) else None
+        self.group, self.columns_per_scale = group, scheme.group if isinstance(scheme, Int4) else None
         numbers, scales = quantized.numbers, quantized.scales
         if isinstance(scheme, Int4):
             numbers, scales = _pair(numbers, scales, scheme.group)
@@ -33,16 +33,31 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("scales", scales.contiguous(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self._product(x, self.numbers, self.scales, self._columns_per_scale)
-        if self._group is not None:
-            dist.all_reduce(y, group=self._group)
+        return times(self, x)
+
+
+def times(layer: nn.Linear | QuantizedLinear, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """A layer's product on a GPU, and what is added to it."""
+    group = getattr(layer, "group", None)
+    added = residual if group is None else None
+    if isinstance(layer, QuantizedLinear):
+        y = _kernels().product(x, layer.numbers, layer.scales, layer.columns_per_scale, added)
+    elif len(x) == 1:
+        y = _kernels().times_floats(x, layer.weight, added)
+    else:
+        y = F.linear(x, layer.weight) if added is None else torch.addmm(added, x, layer.weight.t())
+    if group is None:
         return y
+    dist.all_reduce(y, group=group)
+    return y if residual is None else y + residual
 
 
-def _product() -> Callable[[Tensor, Tensor, Tensor, int | None], Tensor]:
-    from engine.gpu.product import product  # where there is no Triton, this module must be importable all the same
+@cache
+def _kernels() -> SimpleNamespace:
+    """Imported when they are wanted: where there is no Triton, this module must be importable all the same."""
+    from engine.gpu import product, single
 
-    return product
+    return SimpleNamespace(product=product.product, times_floats=single.times_floats)
 
 
 def _pair(numbers: Tensor, scales: Tensor, group: int) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.gpu.ahead import overlapping, wait
+
 _GATES = 1024  # of one program
 
 
@@ -60,33 +62,32 @@ def place_rotated(
 
 
 @triton.jit
-def add_and_normalise(x, more, weight, total, normal, columns, epsilon, COLUMNS: tl.constexpr):
-    """One token: the residual stream with what came out of a layer, and its normalised copy."""
+def root_mean_square(x, weight, y, columns, epsilon, COLUMNS: tl.constexpr, AHEAD: tl.constexpr):
+    """One token, normalised."""
     column = tl.arange(0, COLUMNS)
     inside = column < columns
     row = tl.program_id(0).to(tl.int64) * columns + column
-    y = tl.load(x + row, inside, 0.0).to(tl.float32) + tl.load(more + row, inside, 0.0).to(tl.float32)
-    rounded = y.to(total.dtype.element_ty)
-    tl.store(total + row, rounded, inside)
-    y = rounded.to(tl.float32)
-    y *= tl.rsqrt(tl.sum(y * y) / columns + epsilon)
-    y *= tl.load(weight + column, inside, 0.0).to(tl.float32)
-    tl.store(normal + row, y.to(normal.dtype.element_ty), inside)
+    gain = tl.load(weight + column, inside, 0.0).to(tl.float32)
+    wait(AHEAD)
+    numbers = tl.load(x + row, inside, 0.0).to(tl.float32)
+    numbers *= tl.rsqrt(tl.sum(numbers * numbers) / columns + epsilon) * gain
+    tl.store(y + row, numbers.to(y.dtype.element_ty), inside)
 
 
-def add_norm(x_ND: Tensor, more_ND: Tensor, weight_D: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """The sum of both, and that normalised."""
-    total, normal = torch.empty_like(x_ND), torch.empty_like(x_ND)
+def normalise(x_ND: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
+    """What `RMSNorm` does."""
+    y_ND = torch.empty_like(x_ND)
     tokens, columns = x_ND.shape
     wide = triton.next_power_of_2(columns)
-    sizes = {"COLUMNS": wide, "num_warps": 4 if wide <= 4096 else 8}
-    add_and_normalise[(tokens,)](x_ND, more_ND, weight_D, total, normal, columns, epsilon, **sizes)
-    return total, normal
+    sizes = {"COLUMNS": wide, "num_warps": 4 if wide <= 2048 else 8}
+    root_mean_square[(tokens,)](x_ND, weight_D, y_ND, columns, epsilon, **sizes, **overlapping(x_ND))
+    return y_ND
 
 
 @triton.jit
-def multiply_by_silu(gate_up, y, columns, COLUMNS: tl.constexpr):
+def multiply_by_silu(gate_up, y, columns, COLUMNS: tl.constexpr, AHEAD: tl.constexpr):
     """Some columns of one token."""
+    wait(AHEAD)
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < columns
@@ -100,5 +101,5 @@ def swiglu(gate_up_NF: Tensor) -> Tensor:
     tokens, wide = gate_up_NF.shape
     y = torch.empty(tokens, wide // 2, dtype=gate_up_NF.dtype, device=gate_up_NF.device)
     grid = (tokens, triton.cdiv(wide // 2, _GATES))
-    multiply_by_silu[grid](gate_up_NF, y, wide // 2, COLUMNS=_GATES)
+    multiply_by_silu[grid](gate_up_NF, y, wide // 2, COLUMNS=_GATES, **overlapping(gate_up_NF))
     return y
