@@ -178,7 +178,7 @@ class Engine:
         rows = self._following(launched)
         if not rows:
             return None
-        chosen = Chosen(launched.logits_RV, launched.sequences)
+        chosen = Chosen(launched.logits_RV, launched.sequences, self._runner.likeliest)
         sequences = [launched.sequences[row] for row in rows]
         segments = tuple(Segment(each.slot, len(each.tokens), (0,), 1) for each in sequences)
         tokens_N = rows_of(chosen.tokens_R, rows)

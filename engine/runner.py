@@ -12,7 +12,7 @@ from engine.kv_cache import KVCache
 from engine.loader import Limits, fill, lay_out, load_model
 from engine.parallel import Ranks
 from engine.ragged_cache import RaggedCache
-from engine.sampler import choose_tokens
+from engine.sampler import Likeliest, choose_tokens
 from engine.scheduler import StepPlan
 from llama2 import Transformer, tensor_parallel_mesh_shape
 
@@ -37,6 +37,7 @@ class Runner:
             limits.dtype,
             device,
         )
+        self.likeliest = _likeliest() if limits.fused else None
         self._graphs = DecodeGraphs(model, self.cache, limits, device, capture) if capture is not None else None
 
     @property
@@ -76,6 +77,12 @@ class Runner:
 def leave_threads_to_kernels() -> None:
     """Keep PyTorch to one thread: its others would spin, for milliseconds, on the cores of the kernels' threads."""
     torch.set_num_threads(1)
+
+
+def _likeliest() -> Likeliest:
+    from engine.gpu.choice import likeliest  # where there is no Triton, this module must be importable all the same
+
+    return likeliest
 
 
 def load_runner(checkpoint: Checkpoint, limits: Limits, ranks: Ranks) -> Runner | CpuRunner:

@@ -164,6 +164,33 @@ def test_a_launched_step_that_overflows_ends_its_own_sequence(counting: type[Cou
     ]
 
 
+def test_the_likeliest_tokens_come_from_one_kernel_where_nobody_asks_for_more(counting: type[Counting]) -> None:
+    """As `engine.gpu.choice` has it, which `test_gpu_block.py` tries."""
+
+    def likeliest(logits_RV: torch.Tensor, otherwise: int) -> tuple[torch.Tensor, torch.Tensor]:
+        rows.append(len(logits_RV))
+        tokens_R = logits_RV.argmax(-1)
+        return tokens_R, torch.where(logits_RV.isfinite().all(-1), tokens_R, otherwise)
+
+    plain = SamplingParams(max_tokens=12, temperature=0.0)
+    biased = SamplingParams(max_tokens=12, temperature=0.0, logit_bias={13: -100.0})
+    for others, used in ((plain, True), (biased, False), (SamplingParams(max_tokens=12, seed=4), False)):
+        rows: list[int] = []
+        engine = ahead_of(slots=2)
+        engine._runner.likeliest = likeliest
+        pair = [engine.add([3, 2, 1], plain), engine.add([8, 9], others)]
+        for each, params in zip(pair, (plain, others), strict=True):
+            assert finish(engine, each) == alone(MODEL, each.tokens[: each.prompt_length], params)
+        assert (max(rows, default=0) == 2) == used and counting.launched
+    answer = alone(MODEL, [3, 2, 1], plain)
+    weights = random_weights(TINY, seed=11)
+    weights["tok_embeddings.weight"][answer[2]] = float("nan")
+    engine = ahead_of(model_of(TINY, weights), slots=1)
+    engine._runner.likeliest = likeliest
+    bad = engine.add([3, 2, 1], plain)
+    assert finish(engine, bad) == answer[:3] and bad.finish_reason is FinishReason.ERROR
+
+
 def test_a_capture_that_fails_while_running_ahead_costs_no_token(counting: type[Counting]) -> None:
     def fails(forward: Callable[[], None]) -> Callable[[], None]:
         raise torch.OutOfMemoryError("CUDA out of memory")
