@@ -22,9 +22,10 @@ from engine.gpu.block import FusedBlock, check_fusion
 from engine.gpu.linear import QuantizedLinear, times
 from engine.loader import Limits
 from engine.parallel import Launch, Ranks
+from engine.ragged_cache import RaggedCache
 from engine.runner import Runner
 from engine.scheduler import Segment, StepPlan
-from llama2 import ModelArgs, RowwiseLinear
+from llama2 import ModelArgs, RowwiseLinear, rotate
 from quant import SCHEMES
 
 pytest.importorskip("triton", reason="Triton, which PyTorch for CUDA brings along, is not installed")
@@ -121,6 +122,39 @@ def halves_exchanged(gate_up):
 
 def does_not_run(gate_up):
     raise RuntimeError("no C compiler")
+
+
+@pytest.mark.parametrize("shares", [1, 4, 32])
+@pytest.mark.parametrize("heads_per_key", [1, 3])
+def test_a_long_sequence_is_attended_to_in_whatever_shares(
+    heads_per_key: int, shares: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores that differ by far, so that what was found before counts for less again and again."""
+    monkeypatch.setattr(attention, "_shares", lambda *_: shares)
+    random, width, kv_heads = torch.Generator().manual_seed(1), 24, 2
+    cache = RaggedCache(1, 3, kv_heads, 400, width, DTYPE, DEVICE)
+    for kept in (cache.keys_LBKTH, cache.values_LBKTH):
+        kept.copy_(3.0 * torch.randn(kept.shape, generator=random))
+    segments = (Segment(0, 299, (1,), 1), Segment(1, 0, (1,), 1), Segment(2, 57, (1,), 1))
+    positions = torch.tensor([segment.start for segment in segments], device=DEVICE)
+    heads = kv_heads * heads_per_key
+    qkv = torch.randn(3, (heads + 2 * kv_heads) * width, generator=random).to(DEVICE, DTYPE)
+    angles = torch.randn(3, 1, width // 2, generator=random).to(DEVICE)
+    cosine, sine = angles.cos(), angles.sin()
+    cache.begin(segments, positions)
+    found = attention.attend_turned(qkv, cosine, sine, cache, 0).unflatten(1, (heads, width))
+    q, k, _ = (
+        each.unflatten(1, (-1, width)) for each in qkv.split([heads * width, kv_heads * width, kv_heads * width], 1)
+    )
+    q, k = rotate(q, cosine, sine), rotate(k, cosine, sine)
+    for row, segment in enumerate(segments):
+        keys, values = (
+            kept[0, segment.slot, :, : segment.start + 1].float() for kept in (cache.keys_LBKTH, cache.values_LBKTH)
+        )
+        assert (keys[:, -1] - k[row]).abs().max() < TOLERANCE
+        keys, values = (each.repeat_interleave(heads_per_key, 0) for each in (keys, values))
+        weights = (keys @ q[row].float()[:, :, None] * width**-0.5).softmax(1)
+        assert (found[row] - (weights * values).sum(1)).abs().max() < TOLERANCE * 10
 
 
 WRONG = "came out wrong in a test"
