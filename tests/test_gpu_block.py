@@ -86,8 +86,11 @@ def test_matrices_side_by_side_have_the_numbers_that_each_has_alone(name: str) -
 
 
 @pytest.mark.parametrize("width", [8, 80, 128])
-def test_the_check_at_the_start_computes_a_layer_of_the_models_heads(width: int) -> None:
-    check_fusion(DEVICE, torch.float16, dataclasses.replace(TINY, head_dim=width))
+@pytest.mark.parametrize("heads_per_key", [1, 8])
+def test_the_check_at_the_start_computes_a_layer_of_the_models_heads(width: int, heads_per_key: int) -> None:
+    check_fusion(
+        DEVICE, torch.float16, dataclasses.replace(TINY, head_dim=width, n_heads=8, n_kv_heads=8 // heads_per_key)
+    )
 
 
 def wrong_turn(qkv, cosine, sine, *rest):
@@ -179,8 +182,9 @@ def test_the_check_at_the_start_finds_what_does_not_work(
     kernels = block._kernels()
     setattr(kernels, name, fault)
     monkeypatch.setattr(block, "_kernels", lambda: kernels)
-    with pytest.raises(NotOnThisGpu, match=reason):
-        check_fusion(DEVICE, torch.float16, TINY)
+    for kv_heads in (TINY.n_kv_heads, TINY.n_heads):
+        with pytest.raises(NotOnThisGpu, match=reason):
+            check_fusion(DEVICE, torch.float16, dataclasses.replace(TINY, n_kv_heads=kv_heads))
 
 
 def test_a_product_of_ranks_is_summed_before_anything_is_added(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,6 +206,7 @@ def test_a_product_of_ranks_is_summed_before_anything_is_added(monkeypatch: pyte
         assert (times(quantized, x, more) - (2 * product + more)).abs().max() < 0.1 * product.abs().max()
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of an infinite number less itself, interpreted
 def test_the_likeliest_tokens_are_found_in_one_pass_with_what_is_no_number() -> None:
     random = torch.Generator().manual_seed(1)
     logits = torch.randn(9, 20000, generator=random)

@@ -70,8 +70,9 @@ def _side_by_side(*layers: nn.Linear) -> nn.Linear:
 def check_fusion(device: str, dtype: torch.dtype, args: ModelArgs) -> None:
     """Compute a small layer both ways, and raise `NotOnThisGpu` if that does not work here or comes out wrong."""
     random = torch.Generator().manual_seed(0)
+    heads = 2 * (args.n_heads // args.n_kv_heads)  # as many to a key as the model has, for which kernels differ
     small = ModelArgs(
-        dim=200, n_layers=1, n_heads=4, n_kv_heads=2, head_dim=args.head_dim, ffn_hidden_dim=1100, vocab_size=1
+        dim=200, n_layers=1, n_heads=heads, n_kv_heads=2, head_dim=args.head_dim, ffn_hidden_dim=1100, vocab_size=1
     )
     block = TransformerBlock(small, 0).requires_grad_(False)
     for parameter in block.parameters():
