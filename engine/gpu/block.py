@@ -80,9 +80,9 @@ def check_fusion(device: str, dtype: torch.dtype, args: ModelArgs) -> None:
         parameter.copy_(around + spread * torch.randn(parameter.shape, generator=random))
     block = block.to(device, dtype)
     steps = (  # chunks, and single tokens: few, many, one
-        (Segment(2, 0, (1,) * 70, 1), Segment(1, 0, (1,) * 2, 1)),
-        (Segment(1, 2, (1,), 1), Segment(2, 70, (1,), 1)),
-        (Segment(2, 71, (1,), 1),),
+        (Segment(2, 0, (1,) * 40, 1), Segment(1, 0, (1,) * 2, 1)),
+        (Segment(1, 2, (1,), 1), Segment(2, 40, (1,), 1)),
+        (Segment(2, 41, (1,), 1),),
     )
     try:
         found = [_computed(layer, steps, small, device, dtype) for layer in (block, FusedBlock(block))]
@@ -100,7 +100,7 @@ def _computed(
 ) -> list[Tensor]:
     """What a layer makes of some steps, and of the cache."""
     random = torch.Generator().manual_seed(1)
-    cache = RaggedCache(1, 3, args.n_kv_heads, 80, args.head_dim, dtype, device)
+    cache = RaggedCache(1, 3, args.n_kv_heads, 50, args.head_dim, dtype, device)
     found = []
     for segments in steps:
         positions = [segment.start + place for segment in segments for place in range(len(segment.tokens))]
