@@ -65,6 +65,20 @@ def test_a_token_of_zeros_or_of_few_large_numbers_is_no_exception(name: str) -> 
     assert (layer(x.to(DEVICE)).cpu() - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # as it is computed by the interpreter
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("name", SCHEMES)
+def test_what_is_no_number_makes_no_number(name: str, number: float) -> None:
+    """An overflow has to be seen in the logits."""
+    random = torch.Generator().manual_seed(1)
+    layer = QuantizedLinear(SCHEMES[name].quantize(torch.randn(40, 256, generator=random))).to(DEVICE)
+    for tokens in (1, 3, 70):
+        x = torch.randn(tokens, 256, generator=random)
+        x[0, 77] = number
+        found = layer(x.to(DEVICE)).cpu()
+        assert not found[0].isfinite().any() and found[1:].isfinite().all()
+
+
 @pytest.mark.parametrize("name", SCHEMES)
 def test_what_is_added_to_a_product_is_added_once(name: str) -> None:
     random = torch.Generator().manual_seed(1)
