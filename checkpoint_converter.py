@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from command_line import Parser
 from engine.checkpoint import CHECKPOINT_DTYPES
 from engine.config import ConfigError
 from formats import FORMATS, SINKS, FormatError, open_source
@@ -25,15 +26,6 @@ from formats.sink import Option, whole_number
 __all__ = ["ConversionError", "convert", "main"]
 
 PROGRAM = "checkpoint_converter.py"
-
-
-class _UsageError(Exception):
-    """A command line that makes no sense."""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise _UsageError(f"{message} (see --help)")
 
 
 class _Interrupted(BaseException):
@@ -62,18 +54,17 @@ def _options() -> dict[str, Option]:
     return {option.name: option for sink in SINKS for option in sink.options}
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog=PROGRAM,
         description="Convert a Llama checkpoint from any format to any other. The default, dcp, is the folder that the "
         "server loads: tensors in PyTorch's distributed format, which loads on any number of ranks, model_args.json, "
         "the tokenizer and a manifest.",
-        epilog="Under torchrun rank 0 converts and the other ranks do nothing.",
-        allow_abbrev=False,
+        epilog="Options may be spelt with - for _. Under torchrun rank 0 converts and the other ranks do nothing.",
     )
 
     def add(name: str, **settings: Any) -> None:
-        parser.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")), dest=name, **settings)
+        parser.add_argument(f"--{name}", **settings)
 
     readable = ", ".join(source.title for source in FORMATS)
     parser.add_argument("source", nargs="?", metavar="IN", help=f"the checkpoint, whichever it is of {readable}")
@@ -103,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _one_of(parser: argparse.ArgumentParser, options: argparse.Namespace, positional: str, flag: str, name: str) -> str:
+def _one_of(parser: Parser, options: argparse.Namespace, positional: str, flag: str, name: str) -> str:
     given = {value for value in (getattr(options, positional), getattr(options, flag)) if value is not None}
     if len(given) > 1:
         parser.error(f"{name} and --{flag} name different folders")
@@ -146,8 +137,6 @@ def main(argv: list[str] | None = None) -> int:
     try:
         _run(argv, lambda text: print(f"{PROGRAM}: warning: {text}", file=sys.stderr))
         return 0
-    except _UsageError as error:
-        message, status = str(error), 2
     except (FormatError, ConfigError, ConversionError, OutputError) as error:
         message, status = str(error), 1
     except OSError as error:

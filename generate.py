@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from command_line import Parser
 from engine.config import (
     DEVICES,
     DTYPES,
@@ -306,28 +307,13 @@ def _read(path: str) -> str:
         raise ConfigError(f"{path}: cannot be read: {reason}") from None
 
 
-class _Parser(argparse.ArgumentParser):
-    """Takes flags spelt with underscores too, as the tools before this one had them; tells errors in one line."""
-
-    def parse_known_args(self, args=None, namespace=None):
-        words = sys.argv[1:] if args is None else args
-        respelt = []
-        for word in words:
-            name, equals, value = word.partition("=")
-            respelt.append(name.replace("_", "-") + equals + value if name.startswith("--") else word)
-        return super().parse_known_args(respelt, namespace)
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
-
-
 def _number_or_auto(word: str) -> int | str:
     return word if word == "auto" else int(word)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The command line."""
-    parser = _Parser(
+    parser = Parser(
         prog="generate.py",
         description="Complete text or answer chats with a converted Llama checkpoint; alone or under torchrun. "
         "The generated text goes to stdout, everything else to stderr.",

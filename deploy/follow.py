@@ -5,7 +5,6 @@ deploy/second_node.sh starts this under torchrun and again whenever it ends.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import sys
@@ -15,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from command_line import Parser
 from engine.config import ConfigError
 from handler.settings import parse
 
@@ -47,7 +47,7 @@ def follow(path: Path, checkpoint: Path | None) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Follow, or with --torchrun say the flags that torchrun needs on this machine."""
-    parser = argparse.ArgumentParser(prog="python -m deploy.follow", description=main.__doc__)
+    parser = Parser(prog="python -m deploy.follow", description=main.__doc__)
     parser.add_argument("config", type=Path, metavar="MODEL_CONFIG", help="build/serve/model-config.yaml of node 0")
     parser.add_argument("checkpoint", type=Path, nargs="?", help="the converted folder, if it has another path here")
     parser.add_argument("--torchrun", action="store_true", help="print torchrun's flags and end")

@@ -9,6 +9,7 @@ import pytest
 
 PROJECT = Path(__file__).resolve().parent.parent
 FLOORS = {
+    "command_line": 0,
     "llama2": 0,
     "llama2_tokenizer": 0,
     "llama3_tokenizer": 0,

@@ -66,7 +66,10 @@ def assert_holds(folder: Path, tensors: dict[str, torch.Tensor], dtype: torch.dt
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    status = main([str(argument) for argument in arguments])
+    try:
+        status = main([str(argument) for argument in arguments])
+    except SystemExit as error:  # a wrong command line
+        status = error.code
     captured = capsys.readouterr()
     return status, captured.out, captured.err
 
@@ -462,11 +465,11 @@ def test_help_names_every_flag(capsys):
     text = capsys.readouterr().out
     for flag in (
         "--original_ckpt_dir",
-        "--save-checkpoint-dir",
+        "--save_checkpoint_dir",
         "--tokenizer_path",
         "--dtype",
         "--force",
-        "--no-verify",
+        "--no_verify",
     ):
         assert flag in text
 

@@ -1,20 +1,39 @@
-"""A wrong command line costs one line that names the word, whichever program it was given to."""
+"""Wrong command lines get one line that says what may be meant; both spellings of an option do."""
 
 from __future__ import annotations
 
 import pytest
 
-import checkpoint_converter
-import generate
-from tools import chat, check, download, serve
+from command_line import Parser
 
 
-@pytest.mark.parametrize("program", [chat, check, download, serve, generate, checkpoint_converter])
-def test_an_unknown_flag_is_told_in_one_line(program, capsys) -> None:
-    try:
-        status = program.main(["start", "x", "--bogus"])
-    except SystemExit as ended:
-        status = ended.code
-    out, err = capsys.readouterr()
-    assert (status, out) == (2, "")
-    assert err.count("\n") == 1 and ": error: " in err and err.endswith("(see --help)\n")
+def parser() -> Parser:
+    made = Parser(prog="tool")
+    made.add_argument("--max-new-tokens", type=int)
+    made.add_argument("--tensor_parallel", type=int)
+    made.add_argument("--text")
+    return made
+
+
+@pytest.mark.parametrize("max_new", ["--max-new-tokens", "--max_new_tokens", "--max-new_tokens"])
+@pytest.mark.parametrize("tensor", ["--tensor-parallel", "--tensor_parallel"])
+def test_options_are_taken_with_either_spelling(max_new, tensor):
+    flags = parser().parse_args([max_new, "3", f"{tensor}=2", "--text", "a_b-c=d_e"])
+    assert (flags.max_new_tokens, flags.tensor_parallel, flags.text) == (3, 2, "a_b-c=d_e")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--max-new-token", "3"], "unrecognized arguments: --max-new-token 3; did you mean --max-new-tokens?"),
+        (["--max_new", "3"], "unrecognized arguments: --max_new 3; did you mean --max-new-tokens?"),  # no short forms
+        (["--tensorparallel=2"], "unrecognized arguments: --tensorparallel=2; did you mean --tensor_parallel?"),
+        (["--quantize"], "unrecognized arguments: --quantize"),
+        (["--max-new-tokens", "many"], "argument --max-new-tokens: invalid int value: 'many'"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(capsys, words, said):
+    with pytest.raises(SystemExit) as ended:
+        parser().parse_args(words)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"tool: error: {said} (see --help)\n"

@@ -347,7 +347,10 @@ def test_a_tokenizer_json_alone_is_enough(stored, tmp_path):
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
-    status = main([str(argument) for argument in arguments])
+    try:
+        status = main([str(argument) for argument in arguments])
+    except SystemExit as error:  # a wrong command line
+        status = error.code
     captured = capsys.readouterr()
     return status, captured.out + captured.err
 

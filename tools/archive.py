@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import ast
 import hashlib
 import shutil
@@ -11,6 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from command_line import Parser
 from deploy.configuration import BUILD, PROJECT, Options, plan_model
 from engine.config import ConfigError
 
@@ -107,7 +107,7 @@ def archive(
 
 def main(argv: list[str] | None = None) -> int:
     """Build the .mar and the folder form, with the same settings as `python -m tools.serve start`."""
-    parser = argparse.ArgumentParser(prog="python -m tools.archive", description=main.__doc__)
+    parser = Parser(prog="python -m tools.archive", description=main.__doc__)
     Options.add_arguments(parser)
     flags = parser.parse_args(argv)
     try:

@@ -20,6 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from command_line import Parser
 from engine.config import DEVICES, KERNELS, ConfigError
 from engine.parallel import Launch, choose_device
 from tools.bench_engine import WEIGHTS, EngineBench, costs, model_args, random_engine, settings
@@ -190,9 +191,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(prog="bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help="engine, service (default: both)")
     parser.add_argument("--quick", action="store_true", help="few figures of the engine only")
     add_common(parser)
@@ -218,7 +217,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     return flags
 
 
-def add_common(parser: argparse.ArgumentParser) -> None:
+def add_common(parser: Parser) -> None:
     """The flags that tools.bench_peers has too."""
     parser.add_argument("--shape", choices=list(SHAPES), default="1.1B", help="model size (default: %(default)s)")
     parser.add_argument(
@@ -232,7 +231,7 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=cores, metavar="N", help="(default: one per core, %(default)s)")
 
 
-def check_threads(parser: argparse.ArgumentParser, flags: argparse.Namespace) -> None:
+def check_threads(parser: Parser, flags: argparse.Namespace) -> None:
     """Refuse more threads than cores, which only wait for one another."""
     cores = len(os.sched_getaffinity(0))
     if not 1 <= flags.threads <= cores:

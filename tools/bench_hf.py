@@ -24,6 +24,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from command_line import Parser
 from tools.bench_engine import model_args
 from tools.bench_machine import PROJECT
 from tools.random_checkpoint import SHAPES
@@ -140,9 +141,7 @@ class Generation:
 
 def main(argv: list[str] | None = None) -> int:
     """Read lines until there are no more."""
-    parser = argparse.ArgumentParser(
-        prog="bench_hf", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(prog="bench_hf", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=list(SHAPES), default="1.1B", help="model size (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--compiled", action="store_true", help="compile the decode step")

@@ -23,6 +23,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from command_line import Parser
 from engine.config import ConfigError
 from engine.loader import available_memory
 from tools import peers
@@ -290,11 +291,10 @@ def _write(comparison: Comparison, machine: Machine) -> None:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="bench_peers",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} (default: all)")
     add_common(parser)

@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 from urllib.parse import quote, urlsplit
 
+from command_line import Parser
 from engine.config import DEVICES, DTYPES, QUANTIZATIONS, EngineConfig, RequestError, nearest
 from engine.sequence import FinishReason, SamplingParams
-from tools.command_line import Parser
 
 # What takes seconds to import (torch) or serves one backend only is imported where it is used.
 try:
@@ -781,14 +781,13 @@ def _printable(text: str) -> str:
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text.replace("\r", ""))
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The command line."""
     parser = Parser(
         prog="python -m tools.chat",
         description="Talk to a Llama: on a server, or straight on a checkpoint (the embedded demo model if neither is "
         "given). In a pipe, each line is a message and only the answers go to stdout.",
         epilog="example:  echo 'What is the capital of France?' | python -m tools.chat --temperature 0",
-        allow_abbrev=False,
     )
     who = parser.add_argument_group("who answers").add_mutually_exclusive_group()
     who.add_argument(

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from command_line import Parser
 from engine.config import ConfigError
 from engine.engine import Engine
 from engine.loader import FLOAT32_LIMIT_BYTES, Limits, available_memory
@@ -26,7 +27,6 @@ from formats import FormatError, Source, open_source
 from formats.source import byte_bar, shape_text
 from llama2 import Transformer
 from tokenizing import Tokenizer, TokenizerError, load_tokenizer
-from tools.command_line import Parser
 
 PROMPTS = ("Once upon a time", "The capital of France is", "def main():\n    ", "1 + 1 =", "Égypte, 🔥 fire")
 # What a format may decide by itself: defaults for a server, not the model.

@@ -10,7 +10,6 @@ the disk bounds it, or cores that are too few or busy. Memory is a process's own
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import sys
@@ -18,6 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from command_line import Parser
 from tools.memory_check import CONVERSION_LIMIT, Usage, measure
 from tools.random_checkpoint import SHAPES, write_random_checkpoint
 
@@ -91,7 +91,7 @@ def check(folder: Path, shape: str, paths: list[str]) -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns 1 if a limit was exceeded."""
-    parser = argparse.ArgumentParser(prog="conversion_check", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(prog="conversion_check", description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=list(SHAPES), default="7B", help="model size (default: %(default)s)")
     parser.add_argument("--path", choices=PATHS, action="append", help="one of them, or several (default: all)")
     parser.add_argument("--dir", type=Path, help="where to put up to twice the model's size (default: a temporary)")

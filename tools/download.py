@@ -19,9 +19,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from command_line import Parser
 from formats.output import OutputError, put_in_place
 from formats.source import byte_bar
-from tools.command_line import Parser
 from tools.download_http import Client, DownloadError, printable, split_url
 from tools.download_hub import ENDPOINT, FORMATS, Repository
 from tools.download_meta import LAYOUTS, MetaLink
@@ -181,13 +181,12 @@ def _note(text: str) -> None:
     print(f"\r{clear}{text}", file=sys.stderr, flush=True)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser = Parser(
         prog="python -m tools.download",
         description="Bring a Llama checkpoint from the Hugging Face hub, or from Meta by the link of its e-mail. "
         "OUT appears when all is there and checked; until then OUT.partial grows, and the same command continues it.",
         epilog=f"MODEL is one of: {', '.join(LAYOUTS)}.",
-        allow_abbrev=False,
     )
     parser.add_argument(
         "source",

@@ -5,13 +5,13 @@ torchrun --standalone --nproc-per-node 2 -m tools.dtensor_cost
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import time
 
 import torch
 
+from command_line import Parser
 from engine.kv_cache import KVCache
 from engine.loader import choose_threads
 from engine.parallel import Launch, Ranks, choose_device
@@ -55,7 +55,7 @@ def step_ms(model: Transformer, ranks: Ranks, steps: int) -> float:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure both, in turn, and print the medians."""
-    parser = argparse.ArgumentParser(prog="dtensor_cost", description=__doc__)
+    parser = Parser(prog="dtensor_cost", description=__doc__)
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=7)

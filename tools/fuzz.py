@@ -8,7 +8,6 @@ with what makes it happen again, and the exit status is 1.
 
 from __future__ import annotations
 
-import argparse
 import base64
 import contextlib
 import faulthandler
@@ -43,6 +42,7 @@ import torch.distributed.checkpoint as dcp
 from tqdm import tqdm
 
 from checkpoint_converter import convert
+from command_line import Parser
 from engine.checkpoint import MANIFEST
 from engine.config import ConfigError
 from formats import FormatError, open_source
@@ -780,7 +780,7 @@ def described(finding: Finding, seed: int, details: bool = False) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="fuzz", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(prog="fuzz", description=__doc__.splitlines()[0])
     parser.add_argument("--mutations", type=int, default=10_000, metavar="N", help="per format (default: %(default)s)")
     parser.add_argument("--formats", default=",".join(KINDS), metavar="LIST", help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="for other mutations (default: %(default)s)")

@@ -12,7 +12,6 @@ It needs `python -m tools.peers setup` once, and no network after that.
 
 from __future__ import annotations
 
-import argparse
 import base64
 import json
 import os
@@ -35,6 +34,7 @@ from tokenizers import Tokenizer as Trained
 from tqdm import tqdm
 
 from checkpoint_converter import convert
+from command_line import Parser
 from demo import world
 from engine.config import EngineConfig
 from engine.sequence import SamplingParams
@@ -342,7 +342,7 @@ def run(*command: str | Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status, 1 if anything was not as it must be."""
-    parser = argparse.ArgumentParser(prog="llamacpp_check", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(prog="llamacpp_check", description=__doc__.splitlines()[0])
     names = ("answers", "llama3", "quantized", "converter")
     parser.add_argument("checks", nargs="*", metavar="CHECK", help=f"of {', '.join(names)} (default: all)")
     parser.add_argument("--questions", type=int, default=40, metavar="N", help="per skill (default: %(default)s)")

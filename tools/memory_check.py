@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from command_line import Parser
 from engine.checkpoint import open_checkpoint, read_tensors
 from llama2 import Transformer
 from tools.random_checkpoint import SHAPES, VOCABULARY, write_random_checkpoint
@@ -80,7 +81,7 @@ def load(folder: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns 1 if a limit was exceeded."""
-    parser = argparse.ArgumentParser(prog="memory_check", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(prog="memory_check", description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=list(SHAPES), default="7B", help="model size (default: %(default)s)")
     parser.add_argument("--format", choices=("meta", "hf"), default="meta", help="layout (default: %(default)s)")
     parser.add_argument("--shards", type=int, default=1, metavar="N", help="number of files (default: %(default)s)")

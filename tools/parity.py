@@ -29,6 +29,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from command_line import Parser
 from demo.tasks.write import FOLDER as TASKS
 from demo.tasks.write import PROMPTED, WHOLE_TEXTS
 from deploy.server import MODEL
@@ -241,9 +242,7 @@ def _formats(text: str) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Compare, write the table, and tell by the status whether the scores are the same."""
-    parser = argparse.ArgumentParser(
-        prog="parity", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="parity", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="of make serve: TP=2, MAX_TOKENS_PER_STEP=64 ...")
     parser.add_argument("--fault", action="store_true", help="serve it with a wrong RoPE base, to see this fail")
     parser.add_argument("--through", type=_formats, default=[], metavar="FORMAT,...", help=f"of {', '.join(FORMATS)}")

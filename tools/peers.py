@@ -6,7 +6,6 @@ python -m tools.peers where     print where its programs are
 
 from __future__ import annotations
 
-import argparse
 import http.client
 import json
 import os
@@ -21,6 +20,8 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, Self
+
+from command_line import Parser
 
 PROJECT = Path(__file__).resolve().parent.parent
 PEERS = PROJECT / "build" / "peers"
@@ -268,7 +269,7 @@ def _say(what: str) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="peers", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(prog="peers", description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("setup", "where"))
     parser.add_argument("--folder", type=Path, default=PEERS, metavar="DIR", help="default: build/peers")
     parser.add_argument("--jobs", type=int, metavar="N", help="compile N files at once (default: one per core)")

@@ -5,7 +5,6 @@ python -m tools.random_checkpoint OUT --shape 7B --format meta
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import math
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from command_line import Parser
 from formats.hf import INDEX, SINGLE, hf_name
 from formats.meta import SHARDED_DIMENSIONS
 from llama2 import ModelArgs
@@ -163,7 +163,7 @@ def write_random_checkpoint(
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="random_checkpoint", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(prog="random_checkpoint", description=__doc__.splitlines()[0])
     parser.add_argument("folder", metavar="OUT", type=Path, help="folder to write; it must not hold anything yet")
     parser.add_argument("--shape", choices=list(SHAPES), default="7B", help="model size (default: %(default)s)")
     parser.add_argument("--format", choices=("meta", "hf"), default="meta", help="layout (default: %(default)s)")

@@ -14,11 +14,11 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from command_line import Parser
 from deploy import processes, server
 from deploy.configuration import Options, plan_model
 from deploy.java import find_java, own_environment
 from engine.config import ConfigError
-from tools.command_line import Parser
 
 QUESTION = '{"mode": "chat", "dialog": [{"role": "user", "content": "What is the capital of France?"}]}'
 

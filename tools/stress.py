@@ -31,6 +31,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from command_line import Parser
 from deploy import processes
 from deploy.server import Record
 
@@ -412,9 +413,7 @@ def overhead(flags: argparse.Namespace) -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one kind of stress; the status tells whether all was as it should be."""
-    parser = argparse.ArgumentParser(
-        prog="stress", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="stress", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=["leave", "overload", "kill", "overhead"])
     parser.add_argument("--requests", type=int, default=1000, help="of leave (default: 1000)")
     parser.add_argument("--rounds", type=int, default=5, help="of overload, kill and overhead (default: 5)")
