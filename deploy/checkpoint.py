@@ -17,7 +17,7 @@ def converted(checkpoint: Path | None, build: Path) -> Path:
     if checkpoint is not None:
         checkpoint = Path(checkpoint).expanduser().resolve()
         if not checkpoint.exists():
-            raise ConfigError(f"CHECKPOINT={checkpoint}: no such folder")
+            raise ConfigError(f"checkpoint {checkpoint}: no such folder")
         if (checkpoint / MANIFEST).exists():
             return checkpoint
     target = target_of(checkpoint, build)

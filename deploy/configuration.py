@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from deploy.checkpoint import check_ranks, converted
-from engine.config import ConfigError, nearest
+from engine.config import DEVICES, ConfigError, nearest
 from handler.settings import FRONTEND_KEYS, HandlerSettings, parse
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -25,6 +25,10 @@ HANDLER_KEYS = tuple(each.name for each in dataclasses.fields(HandlerSettings))
 # What this file owns, by the names in upper case that make users give.
 OWN_KEYS = ("checkpoint", "tp", "port", "host", "device", "token_auth", "nodes", "master", "config", "build")
 DEFAULT_PORT = 8080
+# Keys that follow from these words.
+INSTEAD = {"converted_ckpt_dir": "CHECKPOINT=DIR", "deviceType": "DEVICE=cpu or cuda", "parallelType": "TP=N"}
+# What model-config.yaml says as it comes; it stands for the demo model, which is converted where that is needed.
+DEMO = "build/demo"
 # inference, management, metrics, gRPC inference, gRPC management
 PORTS = 5
 
@@ -37,7 +41,7 @@ class Options:
     tp: int | None = None
     port: int = DEFAULT_PORT
     host: str = "127.0.0.1"
-    device: str = "auto"
+    device: str | None = None
     token_auth: bool = False
     nodes: int | None = None
     master: str | None = None
@@ -51,8 +55,8 @@ class Options:
             whole = isinstance(value, int) and not isinstance(value, bool)
             if value is not None and not (whole and least <= value <= most):
                 raise ConfigError(f"{name.upper()} is {value!r}; it must be a whole number from {least} to {most}")
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise ConfigError(f"DEVICE is {self.device!r}; allowed: auto, cpu, cuda")
+        if self.device not in (None, *DEVICES):
+            raise ConfigError(f"DEVICE is {self.device!r}; allowed: {', '.join(DEVICES)}")
         if not isinstance(self.token_auth, bool):
             raise ConfigError(f"TOKEN_AUTH is {self.token_auth!r}; it must be true or false")
         if self.nodes is not None and self.nodes > 1 and not re.fullmatch(r"[A-Za-z0-9.-]+:\d+", self.master or ""):
@@ -64,12 +68,6 @@ class Options:
     def add_arguments(parser: argparse.ArgumentParser) -> None:
         """The words that all commands take."""
         parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="TP=2, CHECKPOINT=DIR, max_seq_len=2048 ...")
-        parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="the same, as a flag")
-
-    @classmethod
-    def from_flags(cls, flags: argparse.Namespace) -> Options:
-        """Options from a command line."""
-        return cls.from_words([*flags.words, *flags.set])
 
     @classmethod
     def from_words(cls, words: list[str]) -> Options:
@@ -85,6 +83,8 @@ class Options:
                     each.upper() if each in OWN_KEYS or each in HANDLER_KEYS else each for each in allowed.values()
                 ]
                 raise ConfigError(f"{word!r} is no KEY=VALUE known here; {nearest(key.upper(), shown)}")
+            if name in INSTEAD:
+                raise ConfigError(f"{word!r}: {name} follows from {INSTEAD[name]}; say that instead")
             try:
                 value = yaml.safe_load(text)
             except yaml.YAMLError:
@@ -139,7 +139,7 @@ def plan_model(options: Options) -> Plan:
         handler["max_batch_size"] = None  # the number in the file is the demo model's
     for key, value in options.values.items():
         (handler if key in HANDLER_KEYS else model_config)[key] = value
-    device = _device(options.device)
+    device = _device(options.device or handler.get("device") or "auto")
     handler["device"] = device
     model_config["deviceType"] = "gpu" if device == "cuda" else "cpu"
     torchrun = dict(model_config.get("torchrun") or {})
@@ -149,12 +149,15 @@ def plan_model(options: Options) -> Plan:
     if options.master is not None:
         torchrun.update({"rdzv-backend": "static", "rdzv-endpoint": options.master})
     model_config.update(parallelType="tp", torchrun=torchrun)
+    checkpoint, given = options.checkpoint, handler.get("converted_ckpt_dir", DEMO)
+    if checkpoint is None and given != DEMO:
+        checkpoint = options.config.parent / str(given)
     # Placeholder: the settings are checked before minutes go into a conversion.
     handler["converted_ckpt_dir"] = str(options.build / "demo")
     model_config["handler"] = handler
     _fit_queue(model_config, options.values)
     parse(model_config, options.build)
-    folder = converted(options.checkpoint, options.build)
+    folder = converted(checkpoint, options.build)
     handler["converted_ckpt_dir"] = str(folder)
     check_ranks(folder, torchrun["nproc-per-node"] * torchrun.get("nnodes", 1))
     return Plan(options, folder, model_config)

@@ -76,8 +76,3 @@ def major_version(java: Path) -> int | None:
         return None
     version = re.search(r'version "(?:1\.)?(\d+)', answer.stderr + answer.stdout)
     return int(version.group(1)) if answer.returncode == 0 and version else None
-
-
-def own_environment() -> dict[str, str]:
-    """This process's environment."""
-    return dict(os.environ)

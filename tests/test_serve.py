@@ -187,6 +187,9 @@ def test_words_become_options_in_any_case_with_yaml_values() -> None:
         ("TOKEN_AUTH=maybe", "true or false"),
         ("HOST=http://x", "HOST is 'http://x'"),
         ("NODES=2", "MASTER=ADDRESS:PORT"),
+        ("CONVERTED_CKPT_DIR=/data/7b", "converted_ckpt_dir follows from CHECKPOINT=DIR"),
+        ("deviceType=gpu", "deviceType follows from DEVICE="),
+        ("parallelType=pp", "parallelType follows from TP=N"),
     ],
 )
 def test_a_word_that_cannot_be_is_answered_with_what_can(word: str, answer: str) -> None:
@@ -203,6 +206,21 @@ def test_what_is_written_is_what_the_handler_accepts(planned) -> None:
     assert settings.converted_ckpt_dir == plan.checkpoint
     assert (written["torchrun"]["nproc-per-node"], written["deviceType"]) == (2, "cpu")
     assert plan.model_config_text() == planned("TP=2", "max_seq_len=100", "temperature=0").model_config_text()
+
+
+def test_a_files_own_checkpoint_and_device_count_unless_words_say_otherwise(planned, tmp_path, monkeypatch) -> None:
+    wanted = []
+    monkeypatch.setattr(configuration, "converted", lambda checkpoint, build: wanted.append(checkpoint) or build)
+    base = yaml.safe_load((PROJECT / "model-config.yaml").read_text())
+    base["handler"].update(converted_ckpt_dir="weights", device="cuda")
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(base))
+    config = f"CONFIG={tmp_path / 'own.yaml'}"
+    plan = plan_model(Options.from_words([f"BUILD={tmp_path}", config]))
+    assert (plan.model_config["handler"]["device"], plan.model_config["deviceType"]) == ("cuda", "gpu")
+    assert planned(config).model_config["deviceType"] == "cpu"
+    planned(config, f"CHECKPOINT={tmp_path / 'other'}")
+    planned()
+    assert wanted == [tmp_path / "weights", tmp_path / "weights", tmp_path / "other", None]
 
 
 def test_torchserves_queue_grows_with_ours(planned) -> None:

@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
     Options.add_arguments(parser)
     flags = parser.parse_args(argv)
     try:
-        plan = plan_model(Options.from_flags(flags))
+        plan = plan_model(Options.from_words(flags.words))
         path = plan.write_model_config()
         for archive_format in ("default", "no-archive"):
             print(archive(path, plan.options.build, archive_format))

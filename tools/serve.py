@@ -5,6 +5,7 @@ python -m tools.serve start [KEY=VALUE ...] | stop | status
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import sys
@@ -17,7 +18,7 @@ from typing import NoReturn
 from command_line import Parser
 from deploy import processes, server
 from deploy.configuration import Options, plan_model
-from deploy.java import find_java, own_environment
+from deploy.java import find_java
 from engine.config import ConfigError
 
 QUESTION = '{"mode": "chat", "dialog": [{"role": "user", "content": "What is the capital of France?"}]}'
@@ -50,7 +51,7 @@ def start(options: Options) -> int:
     """Start the server, or leave one alone that already is what was asked for."""
     from tools.archive import archive, digest
 
-    java = find_java(own_environment())
+    java = find_java(os.environ)
     plan = plan_model(options)
     wanted = server.fingerprint(plan, java, digest())
     running = server.Record.read(plan.folder)
@@ -142,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
     flags = parser.parse_args(argv)
     _terminate_as_interrupt()
     try:
-        options = Options.from_flags(flags)
+        options = Options.from_words(flags.words)
         if flags.command == "status":
             return status(options.build)
         with server.only_one(options.build / "serve"):
