@@ -240,7 +240,7 @@ def request_from(body: dict[str, Any], defaults: dict[str, Any], where: str) -> 
 
 
 def _sampling(options: dict[str, Any]) -> SamplingParams:
-    renamed = {"max_new_tokens": "max_tokens"}
+    renamed = {"max_new_tokens": "max_tokens", "stop_token_ids": "stop_ids"}
     allowed = [*renamed, *SamplingParams.__dataclass_fields__]
     values = {}
     for name, value in options.items():
@@ -405,8 +405,14 @@ def completion_line(index: int, completion: Completion) -> str:
     if completion.error:
         line["error"] = completion.error
     if completion.logprobs is not None:
-        line["logprobs"] = [{"id": t.token, "logprob": t.logprob, "top": dict(t.top)} for t in completion.logprobs]
+        line["logprobs"] = list(map(_logprob, completion.logprobs))
+    if completion.prompt_logprobs is not None:  # the first token has none
+        line["prompt_logprobs"] = [None, *map(_logprob, completion.prompt_logprobs)]
     return json.dumps(line, ensure_ascii=False)
+
+
+def _logprob(token: TokenLogprobs) -> dict[str, Any]:
+    return {"id": token.token, "logprob": token.logprob, "top": dict(token.top)}
 
 
 def run(flags: argparse.Namespace, launch: Launch) -> None:

@@ -98,8 +98,8 @@ def test_jsonl_prompts_have_options_of_their_own(
 ) -> None:
     bodies = [
         {"dialog": [{"role": "user", "content": FRANCE}], "stop": " France", "logprobs": 2},
-        {"prompt": STORY, "max_new_tokens": 2},
-        {"prompt": STORY, "temperature": 1.0, "seed": 3, "logit_bias": {"2": 100}},
+        {"prompt": STORY, "max_new_tokens": 2, "prompt_logprobs": 1},
+        {"prompt": STORY, "temperature": 1.0, "seed": 3, "logit_bias": {"9": 100}, "stop_token_ids": [9]},
     ]
     (tmp_path / "bodies.jsonl").write_text("\n".join(map(json.dumps, bodies)))
     out = run(capsys, checkpoint, "--prompts", str(tmp_path / "bodies.jsonl"))[1]
@@ -107,6 +107,8 @@ def test_jsonl_prompts_have_options_of_their_own(
     assert (stopped["text"], stopped["finish_reason"]) == ("The capital of", "stop")
     assert len(stopped["logprobs"]) == stopped["generated_tokens"] and len(stopped["logprobs"][0]["top"]) == 2
     assert (short["generated_tokens"], short["finish_reason"]) == (2, "length")
+    assert short["prompt_logprobs"][0] is None and len(short["prompt_logprobs"]) == short["prompt_tokens"]
+    assert {"id", "logprob", "top"} == short["prompt_logprobs"][1].keys() and "prompt_logprobs" not in stopped
     assert (ended["text"], ended["generated_tokens"], ended["finish_reason"]) == ("", 1, "stop")
 
 
