@@ -10,7 +10,7 @@ import os
 import pickle
 import stat
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import (
     _MEM_FORMAT_ENCODING,
-    ChunkStorageMetadata,
     Metadata,
     StorageMeta,
     TensorStorageMetadata,
@@ -297,7 +296,7 @@ def _check_metadata(
                 )
             if tensor.properties.dtype != dtype:
                 raise CheckpointError(f"{path}: {name} is {tensor.properties.dtype}, {MANIFEST} says {dtype}")
-            if not _tiles(tensor.chunks, shapes[name]):
+            if not tiles(tensor.chunks, shapes[name]):
                 raise CheckpointError(f"{path}: the blocks of {name} do not add up to {_text(shapes[name])}")
             blocks += len(tensor.chunks)
         for index, place in metadata.storage_data.items():
@@ -312,7 +311,7 @@ def _check_metadata(
         raise CheckpointError(f"{path}: no valid DCP metadata: {_first_line(error)}") from None
 
 
-def _tiles(blocks: list[ChunkStorageMetadata], shape: tuple[int, ...]) -> bool:
+def tiles(blocks: Sequence[Any], shape: tuple[int, ...]) -> bool:
     """Whether the blocks cover the shape exactly: all inside, none overlapping, volumes adding up."""
     for block in blocks:
         if len(block.offsets) != len(shape) or len(block.sizes) != len(shape):

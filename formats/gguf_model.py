@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from formats.hf import LONGEST_DEFAULT_CONTEXT
+from formats.hf import LONGEST_DEFAULT_CONTEXT, renamed
 from formats.source import FormatError, first_line, model_args
 from llama2 import ModelArgs, RopeScaling, rope_frequencies
 
@@ -75,10 +74,7 @@ _TOLERANCE = 1e-5
 
 def gguf_name(name: str) -> str:
     """What GGUF calls the canonical name."""
-    layer = re.match(r"layers\.(\d+)\.", name)
-    if not layer:
-        return GGUF_NAMES[name]
-    return GGUF_NAMES[re.sub(r"\d+", "{}", name, count=1)].format(layer[1])
+    return renamed(name, GGUF_NAMES)
 
 
 def args_from_fields(path: Path, fields: Mapping[str, Any], rows: int, tied: bool) -> ModelArgs:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -89,7 +89,7 @@ class HFSource(Source):
     def read(self, name: str) -> Tensor:
         tensor = self._stored[hf_name(name)].read()
         if name.endswith(ROTATED):
-            return _neighbouring_pairs(tensor, self.args.head_dim)
+            return neighbouring_pairs(tensor, self.args.head_dim)
         return tensor
 
     def verify(self, progress: bool = False) -> None:
@@ -193,16 +193,25 @@ def _indexed(index: Path) -> list[Path]:
 
 def hf_name(name: str) -> str:
     """What transformers calls the canonical name."""
-    layer = re.match(r"layers\.(\d+)\.", name)
-    if not layer:
-        return HF_NAMES[name]
-    return HF_NAMES[re.sub(r"\d+", "{}", name, count=1)].format(layer[1])
+    return renamed(name, HF_NAMES)
 
 
-def _neighbouring_pairs(weight: Tensor, head_dim: int) -> Tensor:
+def renamed(name: str, names: Mapping[str, str]) -> str:
+    """What others call the canonical name, of names in which {} stands for the number of a layer."""
+    layer = re.search(r"\d+", name)
+    return names[name] if layer is None else names[name.replace(layer[0], "{}", 1)].format(layer[0])
+
+
+def neighbouring_pairs(weight: Tensor, head_dim: int) -> Tensor:
     """Reorder each head's rows from first-half-and-second-half pairs, as transformers rotates, to (0, 1), (2, 3)..."""
     rows, columns = weight.shape
     return weight.view(rows // head_dim, 2, head_dim // 2, columns).transpose(1, 2).reshape(rows, columns)
+
+
+def halves(weight: Tensor, head_dim: int) -> Tensor:
+    """The other way round: from pairs of neighbours to first and second half."""
+    rows, columns = weight.shape
+    return weight.view(rows // head_dim, head_dim // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
 
 
 def _open(path: Path) -> Any:

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
-from formats.hf import DTYPE_NAMES, GENERATION, INDEX, ROTATED, SINGLE, HFSource, hf_name
+from formats.hf import DTYPE_NAMES, GENERATION, INDEX, ROTATED, SINGLE, HFSource, halves, hf_name
 from formats.output import HashedFile, write_file
 from formats.sink import Option, Sink, byte_size, cast
 from formats.source import Source, read_json
@@ -98,16 +97,10 @@ class HFSink(Sink):
         for name in names:
             tensor = cast(name, self.source.read(name), self.dtype)
             if name.endswith(ROTATED):
-                tensor = _halves(tensor, self.args.head_dim)
+                tensor = halves(tensor, self.args.head_dim)
             file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy())
             advance(tensor.nbytes)
             del tensor  # before the next one is read
-
-
-def _halves(weight: Tensor, head_dim: int) -> Tensor:
-    """The other way round: from pairs of neighbours to first and second half."""
-    rows, columns = weight.shape
-    return weight.view(rows // head_dim, head_dim // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
 
 
 def _config(args: ModelArgs, context_length: int, dtype: str) -> dict[str, Any]:

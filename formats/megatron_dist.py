@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import itertools
 import math
 import pickle
 import re
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
+from engine.checkpoint import tiles
 from formats.megatron_layout import Arguments, field_of, is_no_weight
 from formats.megatron_ranks import Unneeded, load_contents
 from formats.source import FLOAT_DTYPES, MOST_LAYERS, FormatError, byte_bar, first_line, read_json, shape_text
@@ -63,12 +63,8 @@ class StoredTensor:
         return made
 
     def is_whole(self) -> bool:
-        """Whether the blocks, all inside, cover the shape exactly: none overlapping, volumes adding up."""
-        for a, b in itertools.combinations(self.blocks, 2):
-            edges = zip(a.offsets, a.sizes, b.offsets, b.sizes, strict=True)
-            if all(ao < bo + bs and bo < ao + as_ for ao, as_, bo, bs in edges):
-                return False
-        return sum(math.prod(block.sizes) for block in self.blocks) == math.prod(self.shape)
+        """Whether the blocks cover the shape exactly."""
+        return tiles(self.blocks, self.shape)
 
     def _load(self, block: _Block) -> Tensor:
         stored = _read_block(block)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from formats.hf import LONGEST_DEFAULT_CONTEXT
+from formats.hf import LONGEST_DEFAULT_CONTEXT, halves, neighbouring_pairs
 from formats.source import FormatError, first_line, model_args
 from llama2 import ModelArgs, RopeScaling
 
@@ -165,18 +165,6 @@ def split_qkv(parts: list[Tensor], part: str, args: ModelArgs, interleaved: bool
     stop = queries if part == "q" else start + args.head_dim
     made = torch.cat([each.view(-1, group, args.dim)[:, start:stop].reshape(-1, args.dim) for each in parts])
     return made if part == "v" or interleaved else neighbouring_pairs(made, args.head_dim)
-
-
-def neighbouring_pairs(weight: Tensor, head_dim: int) -> Tensor:
-    """Reorder each head's rows from first-half-and-second-half pairs to (0, 1), (2, 3)..."""
-    rows, columns = weight.shape
-    return weight.view(rows // head_dim, 2, head_dim // 2, columns).transpose(1, 2).reshape(rows, columns)
-
-
-def halves(weight: Tensor, head_dim: int) -> Tensor:
-    """Reorder each head's rows from pairs of neighbours to first-half-and-second-half pairs."""
-    rows, columns = weight.shape
-    return weight.view(rows // head_dim, head_dim // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
 
 
 # What a Llama may say; absent or None is as good. Anything else would convert without complaint and answer nonsense.

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,7 +27,7 @@ from formats.megatron_layout import (
 )
 from formats.megatron_ranks import RANK_FILE
 from formats.output import HashedFile, write_file
-from formats.pickled import TensorFileWriter, _pickle_of, _StoredTensor, _Unfailing
+from formats.pickled import TensorFileWriter
 from formats.sink import Option, Sink, cast
 from formats.source import FormatError, Source
 from llama2 import RopeScaling
@@ -203,7 +202,7 @@ class MegatronSink(Sink):
             for name in names:
                 (folder / name).parent.mkdir(parents=True)
             files = [stack.enter_context(HashedFile(folder / name)) for name in names]
-            writers = [_RankFileWriter(file, shapes, self.dtype, self._contents) for file in files]
+            writers = [TensorFileWriter(file, shapes, self.dtype, self._contents) for file in files]
             threads = stack.enter_context(ThreadPoolExecutor(min(self._tp, _WRITERS)))
             for key in self._keys(stage):
                 name, part = self._name(*key, stage), self._field(*key)
@@ -295,25 +294,6 @@ class MegatronSink(Sink):
         if self.vocabulary.kind == "sentencepiece":
             return {"tokenizer.model": self.tokenizer_model()}
         return self.vocabulary.huggingface()
-
-
-class _RankFileWriter(TensorFileWriter):
-    """Writes a file whose tensors lie in other values, which `contents` makes of them."""
-
-    def __init__(
-        self,
-        file: IO[bytes],
-        shapes: Mapping[str, tuple[int, ...]],
-        dtype: torch.dtype,
-        contents: Callable[[dict[str, Any]], Any],
-    ) -> None:
-        self._file = _Unfailing(file)
-        self._archive = torch._C.PyTorchFileWriter(self._file)
-        self._keys = {name: str(number) for number, name in enumerate(shapes)}
-        tensors = {name: _StoredTensor(self._keys[name], dtype, shape) for name, shape in shapes.items()}
-        pickled = _pickle_of(contents(tensors))
-        self._write("data.pkl", pickled, len(pickled))
-        self._write("byteorder", sys.byteorder, len(sys.byteorder))
 
 
 def _nested(model: dict[str, Any]) -> dict[str, Any]:
