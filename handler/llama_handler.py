@@ -33,9 +33,10 @@ from engine.engine import Engine
 from engine.parallel import Launch
 from engine.sequence import FinishReason
 from handler.engine_loop import CRASHED, EngineLoop
+from handler.generation import Generation, Service
 from handler.lifeline import die_with_parent
 from handler.metrics import ServiceMetrics
-from handler.protocol import Generation, Service, understand
+from handler.protocol import understand
 from handler.responses import Reply, error_reply
 from handler.session import News, Session
 from handler.settings import HandlerSettings, parse
@@ -186,10 +187,9 @@ class LlamaHandler(BaseHandler):
         """Start a new request; what needs no engine, or is refused, is answered at once."""
         headers = {str(name).lower(): value for name, value in ctx.get_all_request_header(place).items()}
         try:
-            path, content_type = headers.get("url_path", "").strip("/"), _content_type(row, headers)
+            content_type = _content_type(headers)
             body = b"" if not row and "form" not in content_type else _body(row)
-            # TorchServe does not tell the method.
-            understood = understand("", path, content_type, body, self._service)
+            understood = understand(headers.get("url_path", ""), content_type, body, self._service)
             if isinstance(understood, Reply):
                 return understood
             self._sessions[request_id] = self._start(request_id, understood)
@@ -314,7 +314,7 @@ def _field(name: str, value: bytes) -> Any:
         return text
 
 
-def _content_type(row: dict[str, Any], headers: dict[str, Any]) -> str:
+def _content_type(headers: dict[str, Any]) -> str:
     """The client's content type; TorchServe nests the one of each parameter."""
     value = headers.get("content-type", "")
     if not value:

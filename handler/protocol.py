@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from reprlib import repr as short_repr
+from typing import Any
 from urllib.parse import unquote
 
 from engine.config import RequestError
@@ -16,24 +17,19 @@ from handler.prompts import chat_prompt, token_ids
 from handler.responses import Reply, json_reply
 from tokenizing import TokenizerError
 
-__all__ = ["ROUTES", "Generation", "Route", "Service", "understand"]
-
-
-@dataclass(frozen=True)
-class Request:
-    """The parts of an HTTP request that matter once its route is known."""
-
-    content_type: str
-    body: bytes
+Answer = Callable[[str, bytes, Service], Generation | Reply]  # of a content type and a body
 
 
 @dataclass(frozen=True)
 class Route:
-    """An endpoint: its methods, its path behind the model's own, and what answers or understands its requests."""
+    """An endpoint: its methods, its path behind the model's own, and what answers or understands its requests.
 
-    methods: tuple[str, ...]
+    The methods are for people: TorchServe does not tell the handler with which one a request came.
+    """
+
+    methods: str
     path: str
-    answer: Callable[[Request, Service], Generation | Reply]
+    answer: Answer
     pattern: re.Pattern[str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -41,52 +37,39 @@ class Route:
         object.__setattr__(self, "pattern", re.compile(pattern))
 
     def __str__(self) -> str:
-        return f"{'/'.join(self.methods)} {self.path or '(the model itself)'}"
+        return f"{self.methods} {self.path or '(the model itself)'}"
 
 
-def understand(method: str, path: str, content_type: str, body: bytes, service: Service) -> Generation | Reply:
-    """What a request asks for; RequestError if it is wrong in any way.
-
-    `path` is the part behind the model's own. An empty `method` fits every route, for frontends that do not tell it.
-    """
+def understand(path: str, content_type: str, body: bytes, service: Service) -> Generation | Reply:
+    """What a request asks for, by the part of its path behind the model's own; RequestError if it is wrong anywhere."""
     path = unquote(path.partition("?")[0]).strip("/")
-    found = [(route, match) for route in ROUTES if (match := route.pattern.fullmatch(path))]
-    if not found:
+    for route in ROUTES:
+        if (match := route.pattern.fullmatch(path)) is not None:
+            break
+    else:
         known = ", ".join(map(str, ROUTES))
         raise RequestError(
             f"there is no {short_repr(path)} here; behind the model's path there are: {known}", None, 404
         )
-    route, match = next((pair for pair in found if not method or method.upper() in pair[0].methods), (None, None))
-    if route is None:
-        known = ", ".join(method for other, _ in found for method in other.methods)
-        raise RequestError(f"{short_repr(path)} does not take {short_repr(method)}; it takes {known}", None, 405)
     if len(body) > service.max_body_bytes:
         raise RequestError(f"the body has {len(body)} bytes; at most {service.max_body_bytes}", None, 413)
     check_model(match.groupdict().get("model"), service)
-    return route.answer(Request(content_type or "", body), service)
+    return route.answer(content_type, body, service)
 
 
-def _generate(request: Request, service: Service) -> Generation:
-    return native.generate(request.content_type, request.body, service)
+def _of_json(answer: Callable[[dict[str, Any], Service], Generation | Reply]) -> Answer:
+    return lambda content_type, body, service: answer(parse_object(body), service)
 
 
-def _complete(request: Request, service: Service) -> Generation:
-    return openai_requests.complete(parse_object(request.body), service)
+def _told(value: Callable[[Service], dict[str, Any]]) -> Answer:
+    return lambda content_type, body, service: json_reply(value(service))
 
 
-def _chat(request: Request, service: Service) -> Generation:
-    return openai_requests.chat(parse_object(request.body), service)
+def _models(service: Service) -> dict[str, Any]:
+    return {"object": "list", "data": [_model(service)]}
 
 
-def _list_models(request: Request, service: Service) -> Reply:
-    return json_reply({"object": "list", "data": [_model(service)]})
-
-
-def _show_model(request: Request, service: Service) -> Reply:
-    return json_reply(_model(service))
-
-
-def _model(service: Service) -> dict[str, object]:
+def _model(service: Service) -> dict[str, Any]:
     return {
         "id": service.model_name,
         "object": "model",
@@ -96,10 +79,10 @@ def _model(service: Service) -> dict[str, object]:
     }
 
 
-def _tokenize(request: Request, service: Service) -> Reply:
+def _tokenize(body: dict[str, Any], service: Service) -> Reply:
     """vLLM's names; `text` is taken for `prompt`, as the word that comes to mind."""
     contents = ("prompt", "text", "messages")
-    fields = Fields(parse_object(request.body), (*contents, "model", "add_special_tokens"))
+    fields = Fields(body, (*contents, "model", "add_special_tokens"))
     check_model(fields.get("model"), service)
     name = fields.only_one(contents, required=True)
     special = fields.flag("add_special_tokens", True)
@@ -115,9 +98,9 @@ def _tokenize(request: Request, service: Service) -> Reply:
     return json_reply({"tokens": list(ids), "count": len(ids), "max_model_len": service.max_seq_len})
 
 
-def _detokenize(request: Request, service: Service) -> Reply:
+def _detokenize(body: dict[str, Any], service: Service) -> Reply:
     """As vLLM has it: the text is called `prompt`."""
-    fields = Fields(parse_object(request.body), ("tokens", "model"))
+    fields = Fields(body, ("tokens", "model"))
     check_model(fields.get("model"), service)
     fields.only_one(("tokens",), required=True)
     if fields.get("tokens") == []:
@@ -126,32 +109,20 @@ def _detokenize(request: Request, service: Service) -> Reply:
     return json_reply({"prompt": service.tokenizer.decode(ids)})
 
 
-def _predict(request: Request, service: Service) -> Generation:
-    return kserve.predict(parse_object(request.body), service)
-
-
-def _infer(request: Request, service: Service) -> Generation:
-    return kserve.infer(parse_object(request.body), service)
-
-
-def _metadata(request: Request, service: Service) -> Reply:
-    return json_reply(kserve.metadata(service))
-
-
-def _ready(request: Request, service: Service) -> Reply:
-    return json_reply({"name": service.model_name, "ready": True})
+def _ready(service: Service) -> dict[str, Any]:
+    return {"name": service.model_name, "ready": True}
 
 
 ROUTES = (
-    Route(("POST", "PUT"), "", _generate),  # curl -T sends PUT
-    Route(("POST",), "v1/completions", _complete),
-    Route(("POST",), "v1/chat/completions", _chat),
-    Route(("GET",), "v1/models", _list_models),
-    Route(("GET",), "v1/models/{model}", _show_model),
-    Route(("POST",), "v1/tokenize", _tokenize),
-    Route(("POST",), "v1/detokenize", _detokenize),
-    Route(("POST",), "v1/models/{model}:predict", _predict),
-    Route(("POST",), "v2/models/{model}/infer", _infer),
-    Route(("GET",), "v2/models/{model}", _metadata),
-    Route(("GET",), "v2/models/{model}/ready", _ready),
+    Route("POST/PUT", "", native.generate),  # curl -T sends PUT
+    Route("POST", "v1/completions", _of_json(openai_requests.complete)),
+    Route("POST", "v1/chat/completions", _of_json(openai_requests.chat)),
+    Route("GET", "v1/models", _told(_models)),
+    Route("GET", "v1/models/{model}", _told(_model)),
+    Route("POST", "v1/tokenize", _of_json(_tokenize)),
+    Route("POST", "v1/detokenize", _of_json(_detokenize)),
+    Route("POST", "v1/models/{model}:predict", _of_json(kserve.predict)),
+    Route("POST", "v2/models/{model}/infer", _of_json(kserve.infer)),
+    Route("GET", "v2/models/{model}", _told(kserve.metadata)),
+    Route("GET", "v2/models/{model}/ready", _told(_ready)),
 )

@@ -26,10 +26,7 @@ _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 
 _INVALID = "invalid_request_error"
 _ERRORS = {
-    401: (_INVALID, "invalid_api_key"),
-    403: (_INVALID, "permission_denied"),
     404: (_INVALID, "not_found"),
-    405: (_INVALID, "method_not_allowed"),
     413: (_INVALID, "body_too_large"),
     429: ("rate_limit_error", "rate_limit_exceeded"),
     503: ("server_error", "service_unavailable"),

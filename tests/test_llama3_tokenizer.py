@@ -29,7 +29,8 @@ import llama3_tokenizer
 from engine.engine import Output
 from engine.sequence import SamplingParams, Sequence, TokenLogprobs
 from generate import LLM, Request
-from handler.protocol import Service, understand
+from handler.generation import Service
+from handler.protocol import understand
 from handler.responses import Choice, Reply, Usage
 from handler.session import Session
 from tokenizing import MAX_MODEL_BYTES, DialogError, StreamDecoder, Tokenizer, TokenizerError, load_tokenizer
@@ -415,7 +416,7 @@ def service_of(tokenizer: Tokenizer) -> Service:
 
 def ask(service: Service, path: str, **body: object) -> Any:
     """The answer to a request, or the request that the engine is to work on."""
-    answer = understand("POST", path, "application/json", json.dumps(body).encode(), service)
+    answer = understand(path, "application/json", json.dumps(body).encode(), service)
     return json.loads(answer.body) if isinstance(answer, Reply) else answer
 
 

@@ -23,7 +23,8 @@ from demo import world
 from demo.tasks import write
 from engine.config import EngineConfig
 from generate import LLM, Request
-from handler.protocol import Generation, Service, understand
+from handler.generation import Generation, Service
+from handler.protocol import understand
 from handler.responses import Choice, Usage
 from tools import parity
 from tools.parity import Evaluation, ParityError, Row
@@ -58,7 +59,7 @@ class Model:
         """What our server would say to a request at /v1/completions."""
         tokenizer = self.llm.tokenizer
         service = Service(tokenizer, "llama", SEQ_LEN, self.llm.args.vocab_size, 0, {})
-        request = understand("POST", "v1/completions", "application/json", json.dumps(body).encode(), service)
+        request = understand("v1/completions", "application/json", json.dumps(body).encode(), service)
         assert isinstance(request, Generation)
         asked = [
             Request(prompt=list(ids), params=request.params_for(place)) for place, ids in enumerate(request.prompts)

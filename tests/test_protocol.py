@@ -15,8 +15,9 @@ from tokenizer_fixture import train_tokenizer
 from engine.config import RequestError
 from engine.sequence import MAX_SEED
 from handler.bodies import MAX_JSON_DEPTH, parse_json
+from handler.generation import Generation, Service
 from handler.prompts import MAX_CHOICES
-from handler.protocol import ROUTES, Generation, Service, understand
+from handler.protocol import ROUTES, understand
 from handler.responses import Reply, error_reply
 from llama2_tokenizer import Tokenizer
 
@@ -40,16 +41,16 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Service:
     return Service(tokenizer, "llama", 512, tokenizer.vocab_size, 1_700_000_000, defaults)
 
 
-def ask(service: Service, path: str, body: object, content_type: str = "", method: str = "POST") -> Any:
+def ask(service: Service, path: str, body: object, content_type: str = "") -> Any:
     """What becomes of a body, given as bytes, as text, or as what its JSON says."""
     if not isinstance(body, bytes):
         body = (body if isinstance(body, str) else json.dumps(body)).encode()
-    return understand(method, path, content_type, body, service)
+    return understand(path, content_type, body, service)
 
 
-def refused(service: Service, path: str, body: object, content_type: str = "", method: str = "POST") -> RequestError:
+def refused(service: Service, path: str, body: object, content_type: str = "") -> RequestError:
     with pytest.raises(RequestError) as caught:
-        ask(service, path, body, content_type, method)
+        ask(service, path, body, content_type)
     assert 400 <= caught.value.status < 500
     json.loads(error_reply(caught.value).body)
     return caught.value
@@ -71,14 +72,13 @@ def as_chat(service: Service, *dialogs: list[dict[str, str]]) -> tuple[tuple[int
 # The model's own endpoint
 
 
-@pytest.mark.parametrize("method", ["POST", "PUT", ""])
-def test_the_two_sample_files_are_understood_as_curl_sends_them(service: Service, method: str) -> None:
+def test_the_two_sample_files_are_understood_as_curl_sends_them(service: Service) -> None:
     text = (PROJECT / "sample_text.txt").read_bytes()
-    completion = understand(method, "", "", text, service)
+    completion = understand("", "", text, service)
     assert completion.prompts == encoded(service, json.loads(text)["prompt"])
     assert (completion.params.max_tokens, completion.chat, completion.stream) == (60, False, True)
     text = (PROJECT / "dialogs.txt").read_bytes()
-    chat = understand(method, "", "", text, service)
+    chat = understand("", "", text, service)
     assert chat.prompts == as_chat(service, json.loads(text)["dialog"])
     assert (chat.chat, chat.stream, chat.renderer.content_type.split(";")[0]) == (True, True, "application/x-ndjson")
 
@@ -384,11 +384,11 @@ def test_how_many_answers_one_request_may_ask_for_is_limited(service: Service) -
 
 
 def test_models_are_listed_and_shown(service: Service) -> None:
-    listed = said(ask(service, "v1/models", b"", method="GET"))
-    shown = said(ask(service, "/v1/models/llama?x=1", b"", method="get"))
+    listed = said(ask(service, "v1/models", b""))
+    shown = said(ask(service, "/v1/models/llama?x=1", b""))
     assert listed == {"object": "list", "data": [shown]}
     assert shown["id"] == "llama" and shown["created"] == 1_700_000_000 and shown["object"] == "model"
-    assert refused(service, "v1/models/gpt", b"", method="GET").status == 404
+    assert refused(service, "v1/models/gpt", b"").status == 404
 
 
 def test_tokens_can_be_counted_and_read(service: Service) -> None:
@@ -480,8 +480,8 @@ def test_kserve_version_2_takes_one_tensor_of_texts(service: Service, path: str)
 
 
 def test_kserve_tells_what_the_model_takes(service: Service) -> None:
-    assert said(ask(service, "v2/models/llama/ready", b"", method="GET")) == {"name": "llama", "ready": True}
-    metadata = said(ask(service, "v2/models/llama", b"", method="GET"))
+    assert said(ask(service, "v2/models/llama/ready", b"")) == {"name": "llama", "ready": True}
+    metadata = said(ask(service, "v2/models/llama", b""))
     assert [tensor["name"] for tensor in metadata["outputs"]] == ["text", "finish_reason"]
     for path in ("v2/models/gpt/infer", "v1/models/gpt:predict"):
         assert refused(service, path, {"instances": ["a"]}).status == 404
@@ -490,7 +490,7 @@ def test_kserve_tells_what_the_model_takes(service: Service) -> None:
 # Routes and limits
 
 
-def test_an_unknown_path_is_told_the_known_ones_and_a_wrong_method_the_right_one(service: Service) -> None:
+def test_an_unknown_path_is_told_the_known_ones(service: Service) -> None:
     for path in (
         "v1/embeddings",
         "v1",
@@ -503,22 +503,13 @@ def test_an_unknown_path_is_told_the_known_ones_and_a_wrong_method_the_right_one
         error = refused(service, path, {"prompt": "a"})
         assert error.status == 404
         assert all(str(route) in error.message for route in ROUTES)
-    for method, path in (
-        ("GET", COMPLETIONS),
-        ("DELETE", "v1/models"),
-        ("GET", ""),
-        ("PUT", CHAT),
-        ("POST", "v1/models"),
-    ):
-        assert refused(service, path, {"prompt": "a"}, method=method).status == 405
-    assert "POST" in refused(service, CHAT, {}, method="GET").message
-    assert ask(service, "/v1/completions/", {"prompt": "a"}, method="")
+    assert ask(service, "/v1/completions/", {"prompt": "a"})
 
 
 def test_every_route_is_reached(service: Service) -> None:
     for route in ROUTES:
         try:
-            understand(route.methods[0], route.path.replace("{model}", "llama"), "", b"{}", service)
+            understand(route.path.replace("{model}", "llama"), "", b"{}", service)
         except RequestError as error:
             assert error.status == 400  # its body is wrong, its place is not
 
@@ -715,7 +706,7 @@ def test_two_thousand_broken_bodies_are_understood_or_refused(service: Service) 
             data = spoilt(data, dice)
         content_type = dice.choice(["", "application/json", "text/plain", "application/x-www-form-urlencoded"])
         try:
-            result = understand("POST", path, content_type, data, service)
+            result = understand(path, content_type, data, service)
         except RequestError as error:
             assert 400 <= error.status < 500, (case, data)
             json.loads(error_reply(error).body)
