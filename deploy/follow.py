@@ -40,7 +40,7 @@ def follow(path: Path, checkpoint: Path | None) -> None:
     die_with_parent()
     settings = parse(read(path), path.parent)
     launch = Launch.from_environment()
-    engine, _ = Engine.load(checkpoint or settings.converted_ckpt_dir, settings.engine_config(), launch)
+    engine, _ = Engine.load(checkpoint or settings.converted_ckpt_dir, settings, launch)
     logging.getLogger("engine").info("following: rank %d of %d", launch.rank, launch.size)
     engine.follow()
 

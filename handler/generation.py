@@ -13,6 +13,7 @@ from engine.sequence import MAX_LOGIT_BIAS, MAX_SEED, SamplingParams
 from handler.bodies import Fields
 from handler.prompts import MAX_CHOICES, token_ids
 from handler.responses import Renderer
+from handler.settings import SAMPLING_KEYS
 from tokenizing import Tokenizer
 
 MAX_N = 8
@@ -20,16 +21,7 @@ MAX_STOP_STRINGS = 4
 MAX_STOP_LENGTH = 256
 MAX_STOP_IDS = 64
 
-NUMBERS = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "seed",
-)
+NUMBERS = (*SAMPLING_KEYS, "seed")
 SAMPLING = (*NUMBERS, "ignore_eos", "logit_bias", "stop_token_ids", "stop")
 LENGTH = ("max_new_tokens", "max_tokens")  # the sample files' name, and everyone else's
 OPTIONS = (*SAMPLING, *LENGTH, "mode")

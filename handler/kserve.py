@@ -9,8 +9,9 @@ from typing import Any
 from engine.config import RequestError, nearest
 from handler.bodies import Fields, is_whole
 from handler.generation import LENGTH, OPTIONS, Generation, Service, max_tokens, sampling_params, stop_strings
-from handler.prompts import CONTENT, MAX_CHOICES, MODES, Prompt, mode_of, prompts_of
+from handler.prompts import CONTENT, MAX_CHOICES, Prompt, mode_of, prompts_of
 from handler.responses import KServeV1Renderer, KServeV2Renderer, Renderer
+from handler.settings import MODES
 
 MAX_ID = 256
 

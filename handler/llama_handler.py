@@ -80,9 +80,7 @@ class LlamaHandler(BaseHandler):
             for name in ("llama", "engine", "handler"):
                 logging.getLogger(name).setLevel(self.settings.log_level)
             launch = Launch.from_environment()
-            self.engine, checkpoint = Engine.load(
-                self.settings.converted_ckpt_dir, self.settings.engine_config(), launch
-            )
+            self.engine, checkpoint = Engine.load(self.settings.converted_ckpt_dir, self.settings, launch)
             tokenizer = load_tokenizer(self.settings.tokenizer_path or checkpoint.tokenizer_path)
         except (ConfigError, ValueError) as error:
             log.error("llama cannot start: %s", error)

@@ -9,8 +9,9 @@ from engine.sequence import MAX_TOP_LOGPROBS
 from handler import kserve
 from handler.bodies import DepthError, Fields, kind_of, parse_json, text_of
 from handler.generation import LENGTH, OPTIONS, Generation, Service, choices, max_tokens, sampling_params, stop_strings
-from handler.prompts import CONTENT, MODES, prompts_of
+from handler.prompts import CONTENT, prompts_of
 from handler.responses import NativeRenderer
+from handler.settings import MODES
 
 NAMES = (*CONTENT, *OPTIONS, "n", "stream", "logprobs", "prompt_logprobs")
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from engine.config import RequestError, nearest
 from handler.bodies import Fields, is_whole, kind_of
+from handler.settings import MODES
 from tokenizing import DialogError, Tokenizer, TokenizerError
 
 MAX_CHOICES = 64  # answers that one request may ask for: its prompts times n
-MODES = ("text_completion", "chat")
 CONTENT = ("prompt", "dialog")
 
 

@@ -18,7 +18,6 @@ LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 WHERE = "model-config.yaml"
 SECTION = f"{WHERE}, section handler"
 
-ENGINE_KEYS = tuple(field.name for field in dataclasses.fields(EngineConfig))
 SAMPLING_KEYS = (
     "temperature",
     "top_p",
@@ -75,30 +74,14 @@ MAX_BATCH_DELAY_MS = 50
 WORKERS_ADVICE = "exactly one worker serves a model (its ranks are torchrun's); more load takes more servers"
 
 
-@dataclass(frozen=True)
-class HandlerSettings:
+@dataclass(frozen=True, kw_only=True)
+class HandlerSettings(EngineConfig):
     """The section `handler`; None takes the checkpoint's own value, or leaves the choice to the engine."""
 
     converted_ckpt_dir: Path
     tokenizer_path: Path | None = None
     model_args_path: Path | None = None
     mode: str = "text_completion"
-
-    max_seq_len: int | None = None
-    max_batch_size: int | None = None
-    max_tokens_per_step: int = EngineConfig.max_tokens_per_step
-    prefill_beside_decode: int | str = EngineConfig.prefill_beside_decode
-    prefix_reuse: bool = EngineConfig.prefix_reuse
-    speculation: str = EngineConfig.speculation
-    max_draft_tokens: int = EngineConfig.max_draft_tokens
-    device: str = EngineConfig.device
-    dtype: str = EngineConfig.dtype
-    quantization: str = EngineConfig.quantization
-    kernels: str = EngineConfig.kernels
-    cuda_graphs: bool = EngineConfig.cuda_graphs
-    threads: int | None = None
-    memory_fraction: float = EngineConfig.memory_fraction
-    verify_checkpoint: bool = EngineConfig.verify_checkpoint
 
     max_new_tokens: int = 256
     temperature: float = 0.6
@@ -119,6 +102,7 @@ class HandlerSettings:
     log_level: str = "INFO"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("converted_ckpt_dir", "tokenizer_path", "model_args_path"):
             value = getattr(self, name)
             if value is None and name != "converted_ckpt_dir":
@@ -129,7 +113,6 @@ class HandlerSettings:
         for name, allowed in (("mode", MODES), ("log_level", LOG_LEVELS)):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
-        self.engine_config()  # EngineConfig and SamplingParams know what their own keys may be
         SamplingParams(**{name: getattr(self, name) for name in SAMPLING_KEYS})
         for name, least in (("max_new_tokens", 1), ("max_waiting", 0), ("max_body_bytes", 1024)):
             _whole(name, getattr(self, name), least)
@@ -142,10 +125,6 @@ class HandlerSettings:
             ("poll_sec", 0.001, 0.2),
         ):
             _seconds(name, getattr(self, name), least, most)
-
-    def engine_config(self) -> EngineConfig:
-        """What the engine is given."""
-        return EngineConfig(**{name: getattr(self, name) for name in ENGINE_KEYS})
 
     def sampling_defaults(self) -> dict[str, Any]:
         """What a request that does not say otherwise gets."""
@@ -166,7 +145,7 @@ def parse(model_yaml: Mapping[str, Any], model_dir: Path) -> HandlerSettings:
         settings,
         converted_ckpt_dir=folder,
         tokenizer_path=None if settings.tokenizer_path is None else model_dir / settings.tokenizer_path,
-        model_args_path=_beside(settings.model_args_path, model_dir, folder / "model_args.json"),
+        model_args_path=model_dir / (settings.model_args_path or folder / "model_args.json"),
     )
     check_frontend(model_yaml, resolved)
     if settings.model_args_path is not None:
@@ -280,10 +259,6 @@ def _check_model_args(given: Path, own: Path) -> None:
             f"{SECTION}: model_args_path: {given} does not describe the model in {own.parent}; remove the key, or "
             f"convert the checkpoint again"
         )
-
-
-def _beside(path: Path | None, model_dir: Path, default: Path) -> Path:
-    return default if path is None else model_dir / path
 
 
 def _whole(name: str, value: object, least: int, most: int | None = None) -> None:

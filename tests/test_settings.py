@@ -54,7 +54,8 @@ def test_paths_start_at_the_model_folder_and_default_to_the_checkpoint() -> None
 def test_the_engine_and_the_requests_get_their_parts() -> None:
     own = {"max_seq_len": 1024, "dtype": "bfloat16", "top_k": 5, "manual_seed": 40, "prefill_beside_decode": 9}
     settings = parse(config(own), MODEL_DIR)
-    assert settings.engine_config() == EngineConfig(1024, 8, dtype="bfloat16", prefill_beside_decode=9)
+    assert isinstance(settings, EngineConfig) and EngineConfig.dtype == settings.kernels == "auto"
+    assert (settings.max_seq_len, settings.dtype, settings.prefill_beside_decode) == (1024, "bfloat16", 9)
     defaults = settings.sampling_defaults()
     assert (defaults["top_k"], defaults["seed"], defaults["mode"]) == (5, 40, "text_completion")
     assert "seed" not in parse(config(), MODEL_DIR).sampling_defaults()
