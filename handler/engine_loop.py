@@ -47,6 +47,10 @@ class EngineLoop(threading.Thread):
     def submit(self, session: Session) -> None:
         """Hand a session to the engine, or refuse it when the queue is full."""
         with self.changed:
+            if len(session.sequences) > self._capacity:
+                raise RequestError(
+                    f"the request asks for {len(session.sequences)} answers; this server takes {self._capacity} at once"
+                )
             if self.live + len(session.sequences) > self._capacity:
                 raise RequestError(
                     f"the queue is full: {self.live} answers wait or run, at most {self._capacity} may; try again",

@@ -141,6 +141,7 @@ class LlamaHandler(BaseHandler):
         for place in range(len(data)):
             request_id = ids[place]
             if request_id in self._sessions:
+                self._sessions[request_id].left_at = None
                 self._loop.resume(self._sessions[request_id])
                 continue
             if request_id in self._answered:
@@ -185,6 +186,9 @@ class LlamaHandler(BaseHandler):
         """Start a new request; what needs no engine, or is refused, is answered at once."""
         headers = {str(name).lower(): value for name, value in ctx.get_all_request_header(place).items()}
         try:
+            encoding = str(headers.get("content-encoding") or "identity").lower()
+            if encoding != "identity":
+                raise RequestError(f"the body is encoded with {encoding!r}; send it as it is", status=415)
             content_type = _content_type(headers)
             body = b"" if not row and "form" not in content_type else _body(row)
             understood = understand(headers.get("url_path", ""), content_type, body, self._service)
@@ -249,7 +253,8 @@ class LlamaHandler(BaseHandler):
         self._loop.cancel(session)
         self._sessions.pop(session.request_id, None)
         self._remember(session.request_id)
-        self._metrics.finished(session, outcome)
+        seconds = (session.left_at or time.monotonic()) - session.times.arrived
+        self._metrics.finished(session, outcome, seconds)
         usage, times = session.usage, session.times
         first = f"{times.first_token - times.arrived:.3f}" if times.first_token is not None else "-"
         log.info(
@@ -259,7 +264,7 @@ class LlamaHandler(BaseHandler):
             usage.prompt_tokens,
             usage.completion_tokens,
             first,
-            time.monotonic() - times.arrived,
+            seconds,
         )
 
     def _remember(self, request_id: str) -> None:
@@ -276,6 +281,7 @@ class LlamaHandler(BaseHandler):
                     continue
                 # Whether they are gone for good, the next call will tell.
                 for session in self._sessions.values():
+                    session.left_at = session.left_at or self._last_call
                     self._loop.suspend(session)
                 # Slots are free only after the call that cancelled, and there may be no further one to tell so.
                 self._metrics.gauges(self.engine.running, self.engine.waiting, self.engine.limits.max_batch_size)

@@ -22,8 +22,8 @@ class ServiceMetrics:
         # With it TorchServe times every single call to the handler; only our own metrics are worth a line.
         metrics.add_time = lambda *_, **__: None
 
-    def finished(self, session: Session, outcome: str) -> None:
-        """Count a request that ended, and where its time went."""
+    def finished(self, session: Session, outcome: str, seconds: float) -> None:
+        """Count a request that ended after so long, and where its time went."""
         usage, times = session.usage, session.times
         self._add("counter", "llama_requests_total", 1, outcome)
         self._add("counter", "llama_prompt_tokens_total", usage.prompt_tokens)
@@ -34,8 +34,7 @@ class ServiceMetrics:
             accepted = sum(sequence.accepted for sequence in session.sequences)
             self._add("counter", "llama_draft_tokens_total", drafted)
             self._add("counter", "llama_draft_tokens_accepted_total", accepted)
-        now = time.monotonic()
-        self._add("histogram", "llama_e2e_latency_seconds", now - times.arrived)
+        self._add("histogram", "llama_e2e_latency_seconds", seconds)
         if times.first_token is None or times.admitted is None:
             return
         self._add("histogram", "llama_queue_seconds", max(0.0, times.admitted - times.arrived))

@@ -86,8 +86,8 @@ class _OpenAIRenderer:
         return event(self._envelope(self.chunk_object, []) | {"usage": usage_json(usage)}) + DONE
 
     def error(self, error: RequestError) -> bytes:
-        """An event that clients raise, and the end mark for those that wait for it."""
-        return event(error_json(error)) + DONE
+        """An event that clients raise, and the end mark for those that wait for it; if nothing streams, an object."""
+        return event(error_json(error)) + DONE if self._format.stream else to_json(error_json(error))
 
     def whole(self, choices: Sequence[Choice], usage: Usage) -> bytes:
         """One object with all choices."""

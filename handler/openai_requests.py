@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from reprlib import repr as short_repr
 from typing import Any
 
@@ -26,7 +27,7 @@ LENGTH = ("max_tokens", "max_completion_tokens")
 COMMON = (*SAMPLING, *LENGTH, "model", "n", "stream", "stream_options", "logprobs", "user", "response_format")
 COMPLETION = (*COMMON, "prompt", "echo", "best_of")
 CHAT = (*COMMON, "messages", "top_logprobs")
-# OpenAI has these and they change answers, so nobody shall think that they did.
+# OpenAI has these, and nobody shall think that they had an effect here.
 UNSUPPORTED = (
     "audio",
     "function_call",
@@ -49,11 +50,23 @@ UNSUPPORTED = (
     "verbosity",
     "web_search_options",
 )
+# What wrappers of OpenAI's client send although it asks for nothing.
+NEUTRAL: dict[str, list[Any]] = {
+    "function_call": ["none", "auto"],
+    "functions": [[]],
+    "metadata": [{}],
+    "modalities": [["text"]],
+    "parallel_tool_calls": [False, True],
+    "service_tier": ["auto", "default"],
+    "store": [False],
+    "tool_choice": ["none", "auto"],
+    "tools": [[]],
+}
 
 
 def complete(body: dict[str, Any], service: Service) -> Generation:
     """`/v1/completions`: prompts as text or token ids, one or many; `echo` gives them back."""
-    fields = Fields(body, COMPLETION, UNSUPPORTED)
+    fields = _fields(body, COMPLETION)
     check_model(fields.get("model"), service)
     fields.only_one(("prompt",), required=True)
     prompts = read_prompts(fields.get("prompt"), "prompt", service.tokenizer, service.vocab_size)
@@ -78,7 +91,7 @@ def complete(body: dict[str, Any], service: Service) -> Generation:
 
 def chat(body: dict[str, Any], service: Service) -> Generation:
     """`/v1/chat/completions`: one dialog, in the form that Llama 2 was trained with."""
-    fields = Fields(body, CHAT, UNSUPPORTED)
+    fields = _fields(body, CHAT)
     check_model(fields.get("model"), service)
     fields.only_one(("messages",), required=True)
     prompt = chat_prompt(fields.get("messages"), "messages", service.tokenizer)
@@ -87,7 +100,7 @@ def chat(body: dict[str, Any], service: Service) -> Generation:
     top = fields.whole("top_logprobs", 0, MAX_TOP_LOGPROBS)
     if top is not None and not logprobs:
         raise fields.error("top_logprobs", "needs logprobs to be true")
-    length = max_tokens(fields, LENGTH, service.defaults.get("max_new_tokens"))
+    length = max_tokens(fields, LENGTH, None)  # OpenAI's default: all that fits
     format = _format(fields, service, logprobs=logprobs)
     return Generation(
         prompts=(prompt.ids,),
@@ -98,6 +111,11 @@ def chat(body: dict[str, Any], service: Service) -> Generation:
         stream=format.stream,
         renderer=ChatRenderer(format),
     )
+
+
+def _fields(body: dict[str, Any], allowed: Collection[str]) -> Fields:
+    asking = {name: value for name, value in body.items() if value not in NEUTRAL.get(name, ())}
+    return Fields(asking, allowed, UNSUPPORTED)
 
 
 def _format(fields: Fields, service: Service, *, logprobs: bool) -> Format:

@@ -110,7 +110,7 @@ class Renderer(Protocol):
         ...
 
     def error(self, error: RequestError) -> bytes:
-        """The end of a stream that fails after its status went out."""
+        """The end of an answer that fails after its status went out."""
         ...
 
 

@@ -95,6 +95,7 @@ class Session:
         self.times = Times(arrived=time.monotonic())
         self.committed = False  # status and content type are on their way
         self.last_sent = 0.0
+        self.left_at: float | None = None  # when the frontend last called, if it seems to have dropped the request
         self.error: RequestError | None = None
         self.done = False
         # What the client has not heard yet, to be rendered by whoever sends it.
@@ -114,11 +115,6 @@ class Session:
         # Of several answers to a prompt the first is the one that may have found it new.
         cached = sum(sequence.cached for sequence in self.sequences[:: self.generation.n])
         return Usage(prompts, sum(len(answer.ids) for answer in self._answers), cached)
-
-    @property
-    def running(self) -> bool:
-        """Whether any of its sequences got a slot."""
-        return any(sequence.admitted_at is not None for sequence in self.sequences)
 
     def take(self, output: Output) -> bool:
         """Take one token of one choice; True when its sequence should be stopped, as a stop string was found."""

@@ -228,8 +228,13 @@ def test_when_all_clients_leave_at_once_their_slots_are_free_soon_and_the_next_c
     frontend.round()
     frontend.jobs.clear()  # the frontend calls no more
     wait_until(lambda: free(frontend) == SLOTS, 2.0)
+    time.sleep(0.6)
+    frontend.metrics.told.clear()
     frontend.run(frontend.post(FRANCE))
     assert not frontend.handler._sessions and free(frontend) == SLOTS
+    # They are timed up to the frontend's last call, whenever the next one comes.
+    took = [value for name, value, _ in frontend.metrics.told if name == "llama_e2e_latency_seconds"]
+    assert len(took) == SLOTS + 1 and max(took[:SLOTS]) < 0.6
 
 
 def test_a_full_queue_answers_429_with_retry_after_and_loses_nobody(frontend: FakeFrontend) -> None:
@@ -240,6 +245,18 @@ def test_a_full_queue_answers_429_with_retry_after_and_loses_nobody(frontend: Fa
     assert len(refused) == len(jobs) - SLOTS - WAITING
     assert all(job.reply_headers.get("Retry-After", job.reply_headers.get("retry-after")) for job in refused)
     assert len({json.loads(job.text)["text"] for job in jobs if job.status == 200}) == 1
+
+
+def test_a_request_for_more_answers_than_ever_fit_is_not_told_to_try_again(frontend: FakeFrontend) -> None:
+    job = frontend.post({**LONG, "prompt": ["a"] * (SLOTS + WAITING + 1), "stream": False})
+    frontend.run(job)
+    assert job.status == 400 and f"this server takes {SLOTS + WAITING}" in job.text
+
+
+def test_a_body_that_is_compressed_is_refused_by_its_encoding(frontend: FakeFrontend) -> None:
+    job = frontend.post(b"\x1f\x8b", **{"Content-Encoding": "gzip"})
+    frontend.run(job)
+    assert job.status == 415 and "'gzip'" in job.text
 
 
 def test_a_request_that_was_answered_is_not_answered_twice(frontend: FakeFrontend) -> None:

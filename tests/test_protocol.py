@@ -207,7 +207,7 @@ def test_openai_bodies_are_understood(service: Service) -> None:
         None,
     )
     request = ask(service, CHAT, {"messages": [USER], "stream": True, "stream_options": {"include_usage": True}})
-    assert (request.params.max_tokens, request.stream, request.chat) == (64, True, True)
+    assert (request.params.max_tokens, request.stream, request.chat) == (None, True, True)
     assert request.renderer.content_type.startswith("text/event-stream")
     assert request.prompts == as_chat(service, [USER])
     for name in ("max_tokens", "max_completion_tokens"):
@@ -277,6 +277,13 @@ def test_a_message_that_the_vocabulary_cannot_write_safely_is_refused(service: S
     assert error.param == "messages" and "[INST]" in error.message
 
 
+def test_what_asks_for_nothing_is_taken_from_wrappers_that_send_it(service: Service) -> None:
+    nothing = {"tools": [], "tool_choice": "auto", "parallel_tool_calls": True, "store": False, "metadata": {}}
+    assert ask(service, CHAT, {"messages": [USER]} | nothing).prompts == as_chat(service, [USER])
+    for name, value in (("tools", [{}]), ("tool_choice", "required"), ("store", True), ("metadata", {"a": "b"})):
+        assert "not supported" in refused(service, CHAT, {"messages": [USER]} | nothing | {name: value}).message
+
+
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
@@ -294,7 +301,7 @@ def test_a_message_that_the_vocabulary_cannot_write_safely_is_refused(service: S
 )
 def test_an_option_that_is_not_supported_is_refused_by_its_name(service: Service, name: str, hint: str) -> None:
     for path, body in ((COMPLETIONS, {"prompt": "a"}), (CHAT, {"messages": [USER]})):
-        error = refused(service, path, body | {name: []})
+        error = refused(service, path, body | {name: 1})
         assert hint in error.message and name[:64] in error.message and name.startswith(error.param[:64])
         ask(service, path, body | {name: None}) if hint == "not supported" else None
     for path, body in ((NATIVE, {"prompt": "a"}), ("v1/tokenize", {"prompt": "a"})):

@@ -349,6 +349,18 @@ def test_a_native_stream_that_fails_loses_nothing(service: Service) -> None:
     assert lines(renderer.end(Usage(1, 2)))[0]["usage"]["total_tokens"] == 3
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_openai_answer_that_fails_late_ends_as_it_would_have_come(service: Service, stream: bool) -> None:
+    body = {"messages": [{"role": "user", "content": "Hello"}], "stream": stream}
+    renderer = ask(service, "v1/chat/completions", body).renderer
+    error = RequestError("no complete answer", status=504)
+    text = renderer.error(error).decode()
+    if stream:
+        assert text.startswith("data: ") and text.endswith("\n\ndata: [DONE]\n\n")
+        text = text.removeprefix("data: ").removesuffix("\n\ndata: [DONE]\n\n")
+    assert json.loads(text) == json.loads(error_reply(error).body)
+
+
 # KServe
 
 
