@@ -132,33 +132,32 @@ class Plan:
 
 def plan_model(options: Options) -> Plan:
     """Settle the checkpoint and all settings; whatever cannot work is refused here, before anything starts."""
-    base = _read_yaml(options.config)
-    model_config = {key: value for key, value in base.items() if key != "handler"}
-    handler = dict(base.get("handler") or {})
-    if options.checkpoint is not None and "max_batch_size" not in options.values:
-        handler["max_batch_size"] = None  # the number in the file is the demo model's
+    model_config = _read_yaml(options.config)
+    handler = _section(model_config, "handler")
+    if options.checkpoint is not None and options.config == MODEL_CONFIG:
+        handler["max_batch_size"] = None  # the number in that file is the demo model's
     for key, value in options.values.items():
         (handler if key in HANDLER_KEYS else model_config)[key] = value
+    torchrun = _section(model_config, "torchrun")
     device = _device(options.device or handler.get("device") or "auto")
     handler["device"] = device
     model_config["deviceType"] = "gpu" if device == "cuda" else "cpu"
-    torchrun = dict(model_config.get("torchrun") or {})
     torchrun["nproc-per-node"] = options.tp or torchrun.get("nproc-per-node", 1)
     if options.nodes is not None:
         torchrun["nnodes"] = options.nodes
     if options.master is not None:
         torchrun.update({"rdzv-backend": "static", "rdzv-endpoint": options.master})
-    model_config.update(parallelType="tp", torchrun=torchrun)
+    model_config.setdefault("parallelType", "tp")
     checkpoint, given = options.checkpoint, handler.get("converted_ckpt_dir", DEMO)
     if checkpoint is None and given != DEMO:
         checkpoint = options.config.parent / str(given)
-    # Placeholder: the settings are checked before minutes go into a conversion.
+    # The settings are checked before minutes go into a conversion, but for what describes its outcome.
     handler["converted_ckpt_dir"] = str(options.build / "demo")
-    model_config["handler"] = handler
     _fit_queue(model_config, options.values)
-    parse(model_config, options.build)
+    parse({**model_config, "handler": {**handler, "model_args_path": None}}, options.build)
     folder = converted(checkpoint, options.build)
     handler["converted_ckpt_dir"] = str(folder)
+    parse(model_config, options.build)
     check_ranks(folder, torchrun["nproc-per-node"] * torchrun.get("nnodes", 1))
     return Plan(options, folder, model_config)
 
@@ -171,6 +170,14 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: a mapping of settings is needed")
     return content
+
+
+def _section(content: dict[str, Any], name: str) -> dict[str, Any]:
+    """A section of the file, made if it is not there."""
+    section = content[name] = content.get(name) or {}
+    if not isinstance(section, dict):
+        raise ConfigError(f"{name} is {section!r}; it must be a section")
+    return section
 
 
 def _fit_queue(model_config: dict[str, Any], given: Mapping[str, Any]) -> None:

@@ -196,7 +196,7 @@ def _check_batching(model_yaml: Mapping[str, Any], settings: HandlerSettings | N
             f"{WHERE}: maxBatchDelay {given}{note}; it delays first tokens, so it must be from 1 to "
             f"{MAX_BATCH_DELAY_MS} ms. The line is: maxBatchDelay: 1"
         )
-    for name in ("responseTimeout", "startupTimeout", "jobQueueSize"):
+    for name in ("responseTimeout", "startupTimeout", "maxRetryTimeoutInSec", "jobQueueSize"):
         if name in model_yaml and model_yaml[name] < 1:
             raise ConfigError(f"{WHERE}: {name} is {model_yaml[name]}; it must be at least 1")
 

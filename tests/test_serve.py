@@ -234,11 +234,26 @@ def test_settings_are_refused_before_anything_is_converted(planned, monkeypatch:
     monkeypatch.setattr(configuration, "converted", lambda *_: pytest.fail("converted"))
     with pytest.raises(ConfigError, match="max_seq_len is 'long'"):
         planned("max_seq_len=long")
+    with pytest.raises(ConfigError, match="torchrun is 'abc'; it must be a section"):
+        planned("torchrun=abc")
+
+
+def test_a_description_of_the_model_is_compared_with_what_was_converted(planned, tmp_path: Path) -> None:
+    args = tmp_path / "weights" / "model_args.json"
+    args.write_text('{"dim": 1}')
+    assert planned(f"model_args_path={args}").model_config["handler"]["model_args_path"] == str(args)
+    (tmp_path / "other.json").write_text('{"dim": 2}')
+    with pytest.raises(ConfigError, match="does not describe the model in .*weights"):
+        planned(f"model_args_path={tmp_path / 'other.json'}")
 
 
 def test_real_weights_do_not_get_the_demo_models_number_of_slots(planned, tmp_path: Path) -> None:
     assert planned().model_config["handler"]["max_batch_size"] == 32
     assert planned(f"CHECKPOINT={tmp_path / 'weights'}").model_config["handler"]["max_batch_size"] is None
+    own = tmp_path / "own.yaml"
+    own.write_text((PROJECT / "model-config.yaml").read_text().replace("max_batch_size: 32", "max_batch_size: 6"))
+    plan = planned(f"CHECKPOINT={tmp_path / 'weights'}", f"CONFIG={own}")
+    assert plan.model_config["handler"]["max_batch_size"] == 6
 
 
 def test_a_folder_that_is_not_there_or_ranks_that_do_not_fit_are_refused(tmp_path: Path) -> None:
@@ -396,7 +411,7 @@ def test_nothing_running_is_said_and_is_no_error(tmp_path: Path, capsys: pytest.
     assert "did you mean 'MAX_SEQ_LEN'" in capsys.readouterr().err
 
 
-def test_a_record_of_a_server_that_is_gone_counts_as_not_running(tmp_path: Path) -> None:
+def test_a_record_of_a_server_that_is_gone_counts_as_not_running(tmp_path: Path, capsys) -> None:
     folder = tmp_path / "serve"
     folder.mkdir()
     record = server.Record(
@@ -404,6 +419,9 @@ def test_a_record_of_a_server_that_is_gone_counts_as_not_running(tmp_path: Path)
     )
     record.write(folder)
     assert server.Record.read(folder) == record and not record.alive
+    for command in ("stop", "status"):
+        assert serve.main([command, f"BUILD={tmp_path}", "PORT=2"]) == 1
+        assert f"the server of {tmp_path} is at http://127.0.0.1:1" in capsys.readouterr().err
     assert server.stop(folder) == 0 and server.Record.read(folder) is None
     (folder / server.STATE).write_text("{broken")
     assert server.Record.read(folder) is None

@@ -120,6 +120,7 @@ def test_a_handler_key_that_cannot_be_is_named(handler: dict, words: list[str]) 
         ({"sequenceBatching": True}, ["sequenceBatching", "remove"]),
         ({"useJobTicket": True}, ["useJobTicket", "remove"]),
         ({"responseTimeout": 0}, ["responseTimeout is 0"]),
+        ({"maxRetryTimeoutInSec": -1}, ["maxRetryTimeoutInSec is -1"]),
         ({"deviceType": "cuda"}, ["deviceType is 'cuda'", "cpu, gpu"]),
         ({"parallelType": "pp"}, ["parallelType is 'pp'", "parallelType: tp"]),
         ({"parallelType": None}, ["parallelType is None", "parallelType: tp"]),

@@ -17,7 +17,7 @@ from typing import NoReturn
 
 from command_line import Parser
 from deploy import processes, server
-from deploy.configuration import Options, plan_model
+from deploy.configuration import DEFAULT_PORT, Options, plan_model
 from deploy.java import find_java
 from engine.config import ConfigError
 
@@ -102,17 +102,27 @@ def _tell(record: server.Record, folder: Path) -> int:
     return 0
 
 
-def stop(build: Path) -> int:
+def stop(options: Options) -> int:
     """End the server."""
-    ended = server.stop(build / "serve")
+    _record(options)
+    ended = server.stop(options.build / "serve")
     print(f"stopped ({ended} processes)" if ended else "not running", file=sys.stderr)
     return 0
 
 
-def status(build: Path) -> int:
+def _record(options: Options) -> server.Record | None:
+    """The server of a build folder, which is not to be taken for another one."""
+    record = server.Record.read(options.build / "serve")
+    if record is not None and options.port != DEFAULT_PORT and not record.url.endswith(f":{options.port}"):
+        raise ConfigError(
+            f"the server of {options.build} is at {record.url}; one on another PORT has its own BUILD=DIR"
+        )
+    return record
+
+
+def status(options: Options) -> int:
     """Say whether the server runs and answers; 0 if it does."""
-    folder = build / "serve"
-    record = server.Record.read(folder)
+    folder, record = options.build / "serve", _record(options)
     if record is None or not record.alive:
         print("not running")
         return 1
@@ -145,9 +155,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         options = Options.from_words(flags.words)
         if flags.command == "status":
-            return status(options.build)
+            return status(options)
         with server.only_one(options.build / "serve"):
-            return start(options) if flags.command == "start" else stop(options.build)
+            return start(options) if flags.command == "start" else stop(options)
     except ConfigError as error:
         print(f"serve: error: {error}", file=sys.stderr)
         return 1
