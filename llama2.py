@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -142,11 +142,6 @@ class ModelArgs:
             and (self.n_kv_heads % size == 0 or size % self.n_kv_heads == 0)
             and self.ffn_hidden_dim % size == 0
         ]
-
-
-def model_args_field_names() -> list[str]:
-    """The names that `model_args.json` may hold."""
-    return [field.name for field in fields(ModelArgs)]
 
 
 def _check_whole(name: str, value: object, most: int = 1 << 31) -> None:

@@ -58,12 +58,11 @@ class Sink(ABC):
     name: ClassVar[str]
     title: ClassVar[str]
     options: ClassVar[tuple[Option, ...]] = ()
-    dtypes: ClassVar[tuple[torch.dtype, ...]] = FLOAT_DTYPES
     """What `dtype` may be; none where an option of the format decides how numbers are stored."""
 
     def __init__(self, source: Source, dtype: torch.dtype | None = None) -> None:
-        if dtype is not None and dtype not in self.dtypes:
-            allowed = ", ".join(map(dtype_name, self.dtypes)) or "none; the format has its own types"
+        if dtype is not None and dtype not in FLOAT_DTYPES:
+            allowed = ", ".join(map(dtype_name, FLOAT_DTYPES))
             raise FormatError(f"dtype is {dtype_name(dtype)}; allowed for {self.title}: {allowed}")
         self.source, self.args = source, source.args
         self.dtype = dtype or source.dtype

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from tiny_models import TINY, model_of, random_weights
 
 from engine.config import ConfigError, EngineConfig
-from engine.cpu import library
-from engine.cpu.packing import pack, unpack
+from engine.cpu import library, packing
+from engine.cpu.packing import PANEL, Packed, pack
 from engine.cpu.runner import CpuRunner
 from engine.loader import Limits, choose_native
 from engine.runner import Runner
@@ -289,6 +289,24 @@ def test_a_prompts_numbers_do_not_depend_on_the_pieces_it_is_cut_into(name: str,
     runner.cache.copy([Copy(0, 2, 60)])
     rest = runner.run(StepPlan((Segment(2, 60, tuple(tokens[60:]), 1),)))[0]
     assert torch.equal(last(0, 90), rest)
+
+
+def unpack(packed: Packed) -> torch.Tensor:
+    """The weight's numbers in float32."""
+    panels, columns = -(-packed.rows // PANEL), packed.columns
+    data = packed.data
+    if packed.kind == packing.INT4:
+        both = torch.stack((data & 15, data >> 4), -2).to(torch.int16) - 8
+        numbers = both.permute(0, 2, 3, 1, 4, 5).reshape(panels * PANEL, columns)
+        scales = packed.scales.transpose(1, 2).reshape(panels * PANEL, -1)
+        weight = (numbers.unflatten(1, (-1, packed.group)) * scales.float()[:, :, None]).flatten(1)
+    elif packed.kind == packing.INT8:
+        weight = (data.transpose(1, 2).flatten(2).flatten(0, 1).float() - 128) * packed.scales[:, None]
+    elif packed.kind == packing.KINDS[torch.bfloat16]:
+        weight = data.transpose(1, 2).flatten(2).flatten(0, 1).float()
+    else:
+        weight = data.transpose(1, 2).reshape(panels * PANEL, columns).float()
+    return weight[: packed.rows, :columns]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -46,10 +45,6 @@ class Weights:
             _say(f"writing {file.relative_to(PROJECT)}")
             convert(source, file, type=GGUF_TYPES[kind], progress=False)
         return file
-
-    def remove(self) -> None:
-        """Give the disk back."""
-        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def usual_tokens() -> list[int]:

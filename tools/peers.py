@@ -35,9 +35,6 @@ PROGRAMS = (
     "llama-quantize",
     "llama-bench",
     "llama-batched-bench",
-    "llama-tokenize",
-    "llama-completion",
-    "llama-perplexity",
     "llama-server",
 )
 OPTIONS = {

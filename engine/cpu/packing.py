@@ -27,11 +27,6 @@ class Packed:
     scales: Tensor | None = None
     group: int = BLOCK
 
-    @property
-    def nbytes(self) -> int:
-        """Its size in memory."""
-        return self.data.nbytes + (self.scales.nbytes if self.scales is not None else 0)
-
 
 def pack(weight: Tensor, scheme: Scheme | None = None) -> Packed:
     """A weight (rows, columns), quantized if a scheme is given that fits its columns."""
@@ -76,21 +71,3 @@ def _pack_int4(weight: Quantized, group: int) -> Packed:
     data = (panels[..., 0, :] | panels[..., 1, :] << 4).permute(0, 3, 1, 2, 4).contiguous()
     scales = _panels(weight.scales).transpose(1, 2).contiguous()
     return Packed(INT4, rows, columns, data, scales, group)
-
-
-def unpack(packed: Packed) -> Tensor:
-    """The weight's numbers in float32, for whoever wants to compare."""
-    panels, columns = -(-packed.rows // PANEL), packed.columns
-    data = packed.data
-    if packed.kind == INT4:
-        both = torch.stack((data & 15, data >> 4), -2).to(torch.int16) - 8
-        numbers = both.permute(0, 2, 3, 1, 4, 5).reshape(panels * PANEL, columns)
-        scales = packed.scales.transpose(1, 2).reshape(panels * PANEL, -1)
-        weight = (numbers.unflatten(1, (-1, packed.group)) * scales.float()[:, :, None]).flatten(1)
-    elif packed.kind == INT8:
-        weight = (data.transpose(1, 2).flatten(2).flatten(0, 1).float() - 128) * packed.scales[:, None]
-    elif packed.kind == KINDS[torch.bfloat16]:
-        weight = data.transpose(1, 2).flatten(2).flatten(0, 1).float()
-    else:
-        weight = data.transpose(1, 2).reshape(panels * PANEL, columns).float()
-    return weight[: packed.rows, :columns]
