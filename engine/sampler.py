@@ -155,7 +155,8 @@ def draw(weights_RV: Tensor, keys_R: Tensor) -> Tensor:
     """
     ids_V = torch.arange(weights_RV.shape[-1], device=weights_RV.device)
     bits_RV = _mix(keys_R[:, None] + ids_V * _STRIDE) >> 40 & 0xFFFFFF
-    noise_RV = -((bits_RV.float() + 0.5) * 2.0**-24).log()
+    # The largest would round to 1, whose logarithm is 0: then tokens of no weight at all would win.
+    noise_RV = -((bits_RV.float() + 0.5) * 2.0**-24).clamp_max(1.0 - 2.0**-24).log()
     return (weights_RV / noise_RV).argmax(-1)
 
 

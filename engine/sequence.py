@@ -16,6 +16,7 @@ from engine.drafts import PromptLookup
 MAX_TOP_LOGPROBS = 20
 MAX_LOGIT_BIAS = 300
 MAX_SEED = 2**63 - 1
+MAX_TOP_K = 2**31 - 1
 
 
 class FinishReason(StrEnum):
@@ -51,16 +52,20 @@ class SamplingParams:
             _whole("max_tokens", self.max_tokens, 0)
         _number("temperature", self.temperature, 0.0, 100.0)
         _number("top_p", self.top_p, 0.0, 1.0, above=True)
-        _whole("top_k", self.top_k, 0)
+        _whole("top_k", self.top_k, 0, MAX_TOP_K)
         _number("min_p", self.min_p, 0.0, 1.0)
-        _number("repetition_penalty", self.repetition_penalty, 0.0, 10.0, above=True)
+        _number("repetition_penalty", self.repetition_penalty, 0.01, 10.0)  # less could make logits overflow
         _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        if not isinstance(self.logit_bias, Mapping):
+            raise RequestError("logit_bias must map token ids to numbers", "logit_bias")
         if len(self.logit_bias) > MAX_LOGIT_BIAS:
             raise RequestError(f"logit_bias has {len(self.logit_bias)} entries; at most {MAX_LOGIT_BIAS}", "logit_bias")
         for token, bias in self.logit_bias.items():
             _whole("logit_bias token id", token, 0, param="logit_bias")
             _number(f"logit_bias[{token}]", bias, -100.0, 100.0, param="logit_bias")
+        if not isinstance(self.ignore_eos, bool):
+            raise RequestError(f"ignore_eos is {self.ignore_eos!r}; it must be true or false", "ignore_eos")
         if self.seed is not None:
             _whole("seed", self.seed, -MAX_SEED, MAX_SEED)
         for name in ("logprobs", "prompt_logprobs"):

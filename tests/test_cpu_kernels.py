@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import random
 import re
@@ -416,6 +417,18 @@ def test_tokens_are_those_that_pytorchs_sampler_draws() -> None:
         drawn += rows
     # Their last bits differ, which may tip a share of the tail or a draw that is as good as even.
     assert same >= 0.99 * drawn
+
+
+def test_the_smallest_noise_and_numbers_that_are_none_draw_a_token() -> None:
+    runner = CpuRunner(model_of(TINY, weights_of(TINY, torch.float32)), limits())
+    sequence = Sequence([1], SamplingParams(temperature=1.0, top_k=3))
+    sequence.draw = lambda: 208044  # which gives token 50 the largest random bits, all ones
+    logits = torch.full((1, 96), -30.0)
+    logits[0, [3, 7, 50]] = torch.tensor([3.0, 2.0, 0.1])
+    assert runner.choose_tokens(logits, [sequence]) == [50]
+    for wrong in (math.inf, math.nan):
+        logits[0, 5] = wrong
+        assert 0 <= runner.choose_tokens(logits, [sequence])[0] < 96
 
 
 def test_draws_follow_the_weights() -> None:

@@ -7,7 +7,16 @@ from collections import Counter
 
 import torch
 
-from engine.sampler import adjust, choose_tokens, draw, filtered_probabilities, finite_rows, token_logprobs
+from engine.sampler import (
+    _STRIDE,
+    _mix,
+    adjust,
+    choose_tokens,
+    draw,
+    filtered_probabilities,
+    finite_rows,
+    token_logprobs,
+)
 from engine.sequence import SamplingParams, Sequence
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.0, -1.0, 3.0, -2.0]])
@@ -90,6 +99,19 @@ def test_a_draw_does_not_turn_on_the_last_bits_of_the_weights() -> None:
     jitter = 1e-5 * torch.randn(logits.shape, generator=torch.Generator().manual_seed(2))
     chosen = [draw(rows.softmax(-1), keys(200)) for rows in (logits, logits + jitter)]
     assert (chosen[0] != chosen[1]).sum() == 0
+
+
+# Of these the random bits are all ones.
+KEY, TOKEN = 208044, 50
+
+
+def test_the_smallest_noise_is_above_zero() -> None:
+    assert _mix(KEY + torch.tensor(TOKEN) * _STRIDE) >> 40 & 0xFFFFFF == 0xFFFFFF
+    weights = torch.zeros(1, 96)
+    weights[0, [3, 7]] = torch.tensor([0.9, 0.1])
+    assert draw(weights, torch.tensor([KEY])).item() in (3, 7)
+    weights[0, TOKEN] = 0.05
+    assert draw(weights, torch.tensor([KEY])).item() == TOKEN
 
 
 def test_greedy_and_drawn_rows_share_a_batch() -> None:

@@ -18,13 +18,13 @@ struct Draw {
     int64_t key;
 };
 
-// Splitmix64's finaliser over a number of its own for each key and id; the upper bits are uniform.
+// Splitmix64's finaliser over a number of its own for each key and id; the upper bits are uniform. Above 0 and below 1.
 static inline float noise_bits(int64_t key, int64_t id) {
     uint64_t x = uint64_t(key) + uint64_t(id) * 0x9E3779B97F4A7C15u;
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
     x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
     x ^= x >> 31;
-    return (float(x >> 40) + 0.5f) * 0x1p-24f;
+    return std::min((float(x >> 40) + 0.5f) * 0x1p-24f, 1.0f - 0x1p-24f);
 }
 
 class Sampler {
@@ -34,7 +34,7 @@ class Sampler {
         int64_t likeliest = 0;
         for (int64_t i = 0; i < count; i++)
             if (logits[i] > most) most = logits[i], likeliest = i;
-        if (options.temperature <= 0.0f) return likeliest;
+        if (options.temperature <= 0.0f || !std::isfinite(most)) return likeliest;
         weigh(logits, count, most, std::max(options.temperature, 1e-6f));
         if (options.top_k > 0 || options.top_p < 1.0f) cut(count, options);
         const float floor = options.min_p;  // the largest weight is 1
@@ -83,7 +83,7 @@ class Sampler {
         sums_.assign(0x3f800000 / (1 << SHIFT) + 2, 0.0);
         counts_.assign(sums_.size(), 0);
         for (int64_t i = 0; i < count; i++) {
-            if (weights_[i] <= 0.0f) continue;
+            if (!(weights_[i] > 0.0f)) continue;
             const int64_t b = bucket(weights_[i]);
             sums_[b] += weights_[i];
             counts_[b]++;
@@ -98,7 +98,7 @@ class Sampler {
         if (b < 0) return;
         same_.clear();
         for (int64_t i = 0; i < count; i++) {
-            if (weights_[i] <= 0.0f) continue;
+            if (!(weights_[i] > 0.0f)) continue;
             const int64_t other = bucket(weights_[i]);
             if (other == b) same_.push_back(i);
             if (other < b) weights_[i] = 0.0f;
