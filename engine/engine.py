@@ -78,8 +78,13 @@ class Engine:
         self._runner, self._clock = runner, clock
         self._ahead: _Launched | None = None
         self._scheduler = Scheduler(
-            self.slots, limits.max_tokens_per_step, Pace(limits.prefill_beside_decode), limits.draft_tokens
+            self.slots,
+            limits.max_tokens_per_step,
+            Pace(limits.prefill_beside_decode),
+            limits.draft_tokens,
+            clears_unfinished=runner.reads_behind,
         )
+        self._midway = False  # whether the other ranks are in a step that this one has not completed
         self._plan = torch.zeros(
             StepPlan.most_numbers(limits.max_batch_size, limits.max_tokens_per_step), dtype=torch.int64
         )
@@ -132,9 +137,9 @@ class Engine:
                 "prompt",
             )
         for name, ids in (("prompt", prompt), ("logit_bias", params.logit_bias), ("stop_ids", params.stop_ids)):
-            wrong = next((token for token in ids if not 0 <= token < self.vocab_size), None)
-            if wrong is not None:
-                raise RequestError(f"{name} has token id {wrong}; ids are 0 to {self.vocab_size - 1}", name)
+            for token in ids:
+                if type(token) is not int or not 0 <= token < self.vocab_size:
+                    raise RequestError(f"{name} has token id {token!r}; ids are 0 to {self.vocab_size - 1}", name)
         sequence = Sequence(prompt, params, eos_ids)
         wanted = longest if params.max_tokens is None else len(prompt) + params.max_tokens
         sequence.limit = min(longest, wanted)
@@ -168,7 +173,10 @@ class Engine:
         plan, sequences = planned
         if self.ranks.several:
             self._say(plan.to_numbers())
-        return _Launched(plan.segments, sequences, self._runner.run(plan))
+        self._midway = True
+        logits_RV = self._runner.run(plan)
+        self._midway = False
+        return _Launched(plan.segments, sequences, logits_RV)
 
     def _launch_ahead(self, launched: _Launched) -> list[int] | None:
         """Launch the step behind this one before its tokens are known here, so that a GPU need not wait for that.
@@ -202,6 +210,10 @@ class Engine:
         """The step that is already on its way, of those sequences that are still there."""
         ahead, self._ahead = self._ahead, None
         rows = [row for row, sequence in enumerate(ahead.sequences) if sequence.slot is not None] if ahead else []
+        if ahead is not None and self._runner.reads_behind:
+            for segment, sequence in zip(ahead.segments, ahead.sequences, strict=True):
+                if sequence.slot is None:  # nobody looks at what was computed for it
+                    self._scheduler.scrub(segment.slot, segment.start)
         if not rows:
             return None
         sequences = [ahead.sequences[row] for row in rows]
@@ -226,8 +238,8 @@ class Engine:
                 self._runner.run(plan)
 
     def close(self) -> None:
-        """Let the followers go and leave the process group."""
-        if self.ranks.several and self.ranks.leads:
+        """Let the followers go and leave the process group, at once if a step failed here that they still compute."""
+        if self.ranks.several and self.ranks.leads and not self._midway:
             self._say([_STOP])
         self.ranks.close()
 
@@ -248,7 +260,7 @@ class Engine:
             self.slots.note(segment.slot, segment.start, segment.tokens)
             if sequence.finished:  # cancelled while the step ran
                 if not all(finite[first:row]):
-                    self._clear(segment.slot)
+                    self._scheduler.clear(segment.slot)
                 continue
             known = min(len(segment.tokens), sequence.pending)
             draft = segment.tokens[known:]
@@ -342,11 +354,6 @@ class Engine:
             f"the model gave numbers that are not finite at position {sequence.computed}"
             f" (dtype {self.limits.dtype}); a wider dtype may help"
         )
-        self._clear(slot)
+        self._scheduler.clear(slot)
         log.warning("sequence %d ended: %s", sequence.number, sequence.error)
         return Output(sequence, None, finish_reason=FinishReason.ERROR)
-
-    def _clear(self, slot: int) -> None:
-        """Leave nothing of what a slot holds to others."""
-        self._scheduler.scrub(slot)
-        self.slots.forget(slot)

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -170,7 +171,8 @@ def memory_need(args: ModelArgs, limits: Limits, ranks: int) -> MemoryNeed:
         count = torch.Size(shape).numel()
         if len(shape) == 2:
             count = -(-count // (parts if ".wk." in name or ".wv." in name else ranks))
-        weights += count * _bytes_per_weight(name, shape, args, limits)
+        columns = shape[-1] // (ranks if name.endswith(("wo.weight", "w2.weight")) else 1)
+        weights += count * _bytes_per_weight(name, len(shape), columns, args, limits)
     graphs = limits.graphs(ranks)
     length = limits.max_seq_len + graphs  # padded rows write to the position behind the last one
     cache = KVCache.bytes_needed(
@@ -198,18 +200,18 @@ def memory_need(args: ModelArgs, limits: Limits, ranks: int) -> MemoryNeed:
     return MemoryNeed(int(weights), cache, working)
 
 
-def _bytes_per_weight(name: str, shape: tuple[int, ...], args: ModelArgs, limits: Limits) -> float:
+def _bytes_per_weight(name: str, dimensions: int, columns: int, args: ModelArgs, limits: Limits) -> float:
     scheme, table = limits.scheme, name.startswith("tok_embeddings")
-    if scheme is None or not (limits.native or limits.packed) or len(shape) < 2:
+    if scheme is None or not (limits.native or limits.packed) or dimensions < 2:
         return limits.dtype.itemsize
     if table and not (args.tie_embeddings and limits.native):
         return limits.dtype.itemsize
     if table or name.startswith("output"):
         scheme = SCHEMES[OUTPUT]
-    return scheme.bits / 8 if scheme.fits(shape[1]) else limits.dtype.itemsize
+    return scheme.bits / 8 if scheme.fits(columns) else limits.dtype.itemsize
 
 
-def available_memory(device: str) -> int:
+def available_memory(device: str, group: Path = Path("/sys/fs/cgroup")) -> int:
     """Bytes that a new process may use: free device memory, or free host memory within the control group's limit."""
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(device)[0]
@@ -217,9 +219,11 @@ def available_memory(device: str) -> int:
         fields = dict(line.split(":", 1) for line in lines)
     available = int(fields["MemAvailable"].split()[0]) * 1024
     try:
-        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as current:
-            available = min(available, int(limit.read()) - int(current.read()))
-    except (OSError, ValueError):  # no control group, or no limit ("max")
+        limit, current = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        told = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        # Files that were read, as the checkpoint is for its hashes, count as used, but make room.
+        available = min(available, limit - current + int(told["inactive_file"]))
+    except (OSError, ValueError, KeyError):  # no control group, or no limit ("max")
         pass
     return available
 

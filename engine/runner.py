@@ -45,6 +45,11 @@ class Runner:
         """Whether a step is worth launching before the tokens of the one before it are known here."""
         return self._graphs is not None and not self._graphs.failed
 
+    @property
+    def reads_behind(self) -> bool:
+        """Whether what lies in a slot behind a sequence's last token is read, if only to be multiplied by zero."""
+        return not isinstance(self.cache, RaggedCache)
+
     @torch.inference_mode()
     def run(self, plan: StepPlan, tokens_N: Tensor | None = None) -> Tensor | None:
         """Logits (R, V) of the rows that the plan wants, in its order; None on ranks that do not lead.

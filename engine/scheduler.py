@@ -25,6 +25,8 @@ class Capacity(Protocol):
 
     def acquire(self, tokens: Ordered[int]) -> Place | None: ...
 
+    def forget(self, slot: int) -> None: ...
+
     def release(self, slot: int) -> None: ...
 
 
@@ -99,14 +101,21 @@ class Scheduler:
     """
 
     def __init__(
-        self, capacity: Capacity, max_tokens_per_step: int, pace: Pace | None = None, draft_tokens: int = 0
+        self,
+        capacity: Capacity,
+        max_tokens_per_step: int,
+        pace: Pace | None = None,
+        draft_tokens: int = 0,
+        clears_unfinished: bool = False,
     ) -> None:
+        """`clears_unfinished`: nothing stays of a prompt that was not computed to its end, where they are looked at."""
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self._capacity = capacity
         self._max_tokens = max_tokens_per_step
         self._pace = pace or Pace(max_tokens_per_step)
         self._draft_tokens = draft_tokens
+        self._clears_unfinished = clears_unfinished
         self._last: tuple[int, int, bool] = (0, 0, True)
         self._crowd: Sequence | None = None  # the last of those whose prompts go before everything else
         self._scrub: list[tuple[int, int]] = []
@@ -171,15 +180,23 @@ class Scheduler:
         """Free the slots of all sequences that ended."""
         for sequence in self.running:
             if sequence.finished:
+                if self._clears_unfinished and sequence.computed < sequence.prompt_length:
+                    self.clear(sequence.slot)
                 self._capacity.release(sequence.slot)
                 sequence.slot = None
-        self.running = [sequence for sequence in self.running if not sequence.finished]
+        # Not by whether they finished: another thread may have cancelled one since.
+        self.running = [sequence for sequence in self.running if sequence.slot is not None]
         if any(sequence.finished for sequence in self.waiting):
             self.waiting = deque(sequence for sequence in self.waiting if not sequence.finished)
 
     def scrub(self, slot: int, start: int = 0) -> None:
         """Have a slot cleared before the next step: what is not finite in it could leak into what comes there."""
         self._scrub.append((slot, start))
+
+    def clear(self, slot: int) -> None:
+        """Leave nothing of what a slot holds to others."""
+        self.scrub(slot)
+        self._capacity.forget(slot)
 
     def _crowded(self, running: int, prompts: list[Sequence]) -> bool:
         """Whether prompts go first: from when a crowd waits for first tokens until the last of it has its own.

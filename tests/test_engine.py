@@ -198,15 +198,18 @@ def test_of_many_answers_to_one_prompt_only_the_first_computes_it(monkeypatch: p
     assert finish(engine, other[1]) == alone(MODEL, prompt[::-1], params), "nobody waits for one that left"
 
 
-def test_what_a_cancelled_sequence_computed_is_of_use_to_the_next() -> None:
+@KERNELS
+def test_what_a_cancelled_sequence_computed_is_of_use_to_the_next(choices: dict) -> None:
     prompt, params = list(range(1, 41)), SamplingParams(max_tokens=5, temperature=0.0)
-    engine = engine_of(MODEL, limits(slots=2, max_tokens_per_step=24))
+    engine = engine_of(MODEL, limits(slots=2, max_tokens_per_step=24, **choices))
     cancelled = engine.add(prompt, params)
     engine.step()
     engine.cancel(cancelled)
     sequence = engine.add(prompt, params)
-    assert finish(engine, sequence) == alone(MODEL, prompt, params)
-    assert (sequence.cached, sequence.slot, engine.slots.free) == (24, None, 2)
+    assert finish(engine, sequence) == alone(MODEL, prompt, params, limits(**choices))
+    # PyTorch's masked attention must not meet there what nobody saw to be finite.
+    assert sequence.cached == (0 if engine._runner.reads_behind else 24)
+    assert (sequence.slot, engine.slots.free) == (None, 2)
 
 
 def test_admission_follows_the_order_of_arrival() -> None:
@@ -346,6 +349,67 @@ def test_one_that_is_cancelled_in_the_step_that_overflows_spares_the_next_in_its
     ]
 
 
+@KERNELS
+def test_one_that_is_cancelled_in_the_middle_of_a_prompt_that_overflows_spares_the_next(choices: dict) -> None:
+    weights = random_weights(TINY, seed=11)
+    weights["tok_embeddings.weight"][13] = float("inf")
+    engine = engine_of(model_of(TINY, weights), limits(slots=2, max_tokens_per_step=8, **choices))
+    params = SamplingParams(max_tokens=40, temperature=0.0, logit_bias={13: -100.0})
+    long = engine.add([9] * 12, params)
+    while not long.generated:
+        engine.step()
+    bad = engine.add([1, 2, 13, 4, *range(20, 50)], SamplingParams(max_tokens=4))
+    engine.step()
+    engine.cancel(bad)
+    brief = engine.add([8, 8], SamplingParams(max_tokens=8, temperature=0.0, logit_bias={13: -100.0}))
+    assert finish(engine, brief) == alone(MODEL, [8, 8], brief.params, limits(**choices))
+
+
+def test_a_cancellation_while_slots_are_freed_loses_none() -> None:
+    engine = engine_of(MODEL, limits(slots=2))
+    first, second = (engine.add([token, 2, 3], SamplingParams(max_tokens=30)) for token in (1, 4))
+    engine.step()
+    release = engine.slots.release
+
+    def release_and_cancel(slot: int) -> None:
+        engine.cancel(first)  # as another thread may, just here
+        release(slot)
+
+    engine.slots.release = release_and_cancel
+    engine.cancel(second)
+    engine.step()
+    engine.step()
+    assert (engine.running, engine.slots.free) == (0, 2)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_leader_that_fails_within_a_step_does_not_wait_for_those_that_compute_it(fails: bool) -> None:
+    said = []
+
+    class Others:
+        several = leads = True
+
+        def broadcast(self, plan: torch.Tensor) -> None:
+            said.append(plan[0].item())
+
+        def close(self) -> None:
+            said.append("closed")
+
+    def fail(plan: StepPlan) -> torch.Tensor:
+        raise RuntimeError("out of memory")
+
+    engine = engine_of(MODEL)
+    engine.ranks = Others()
+    engine.add([1, 2], SamplingParams(max_tokens=2))
+    engine.step()
+    if fails:
+        engine._runner.run = fail
+        with pytest.raises(RuntimeError, match="out of memory"):
+            engine.step()
+    engine.close()
+    assert said == ([1, 1, "closed"] if fails else [1, -1, "closed"])
+
+
 @pytest.mark.parametrize(
     ("prompt", "params", "message", "param"),
     [
@@ -354,6 +418,9 @@ def test_one_that_is_cancelled_in_the_step_that_overflows_spares_the_next_in_its
         ([1] * 65, {"max_tokens": 0}, "has 65 tokens; with max_seq_len 64 at most 64 fit", "prompt"),
         ([1, 64], {}, "token id 64; ids are 0 to 63", "prompt"),
         ([-1], {}, "token id -1; ids are 0 to 63", "prompt"),
+        ([1.0], {}, "token id 1.0; ids are 0 to 63", "prompt"),
+        ([True], {}, "token id True", "prompt"),
+        (["a"], {}, "token id 'a'", "prompt"),
         ([1], {"logit_bias": {64: 1.0}}, "logit_bias has token id 64", "logit_bias"),
         ([1], {"stop_ids": frozenset({70})}, "stop_ids has token id 70", "stop_ids"),
     ],
@@ -376,8 +443,12 @@ def test_what_can_never_be_served_is_refused_at_once(prompt: list, params: dict,
         ({"top_p": 0}, "top_p is 0; it must be a finite number above 0, at most 1"),
         ({"top_k": -1}, "top_k is -1"),
         ({"top_k": 1.5}, "top_k is 1.5"),
+        ({"top_k": 2**31}, "top_k is 2147483648"),
         ({"min_p": 1.1}, "min_p is 1.1"),
         ({"repetition_penalty": 0}, "repetition_penalty is 0"),
+        ({"repetition_penalty": 1e-40}, "repetition_penalty is 1e-40; it must be a finite number from 0.01 to 10"),
+        ({"ignore_eos": "no"}, "ignore_eos is 'no'; it must be true or false"),
+        ({"logit_bias": [1]}, "logit_bias must map token ids to numbers"),
         ({"presence_penalty": 2.1}, "presence_penalty is 2.1"),
         ({"frequency_penalty": float("inf")}, "frequency_penalty is inf"),
         ({"max_tokens": -1}, "max_tokens is -1"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from engine.config import ConfigError, EngineConfig, from_mapping
 from engine.loader import Limits, choose_dtype, choose_threads, memory_need, preflight
 from engine.parallel import Launch, Ranks, choose_device
 from llama2 import ModelArgs
+from quant import SCHEMES
 
 LLAMA_7B = ModelArgs(dim=4096, n_layers=32, n_heads=32, vocab_size=32000)
 LLAMA_70B = ModelArgs(
@@ -31,6 +33,22 @@ def test_ranks_share_weights_and_kv_heads() -> None:
     one, eight, sixteen = (memory_need(LLAMA_70B, limits, ranks) for ranks in (1, 8, 16))
     assert one.weights / 8 == pytest.approx(eight.weights, rel=1e-3)
     assert one.cache == 8 * eight.cache == 8 * sixteen.cache  # eight KV heads: sixteen ranks hold each twice
+
+
+def test_a_share_of_columns_that_no_group_fits_counts_as_it_stays() -> None:
+    limits = Limits(2048, 8, 512, torch.bfloat16, "int4-128", native=True)
+    one, four = (memory_need(LLAMA_7B, limits, ranks).weights for ranks in (1, 4))
+    kept = LLAMA_7B.n_layers * LLAMA_7B.dim * LLAMA_7B.ffn_hidden_dim  # w2's, of which a rank has 2752 columns
+    assert four == pytest.approx((one + kept * (2 - SCHEMES["int4-128"].bits / 8)) / 4, rel=1e-3)
+
+
+def test_files_that_were_read_leave_room_in_a_container(tmp_path: Path) -> None:
+    before = loader.available_memory("cpu", tmp_path)
+    for name, text in (("max", 3 << 20), ("current", 2 << 20), ("stat", f"anon 5\ninactive_file {1 << 20}")):
+        (tmp_path / f"memory.{name}").write_text(f"{text}\n")
+    assert loader.available_memory("cpu", tmp_path) == 2 << 20
+    (tmp_path / "memory.max").write_text("max\n")
+    assert loader.available_memory("cpu", tmp_path) > before // 2
 
 
 def test_what_does_not_fit_is_refused_with_figures_and_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:

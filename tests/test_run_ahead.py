@@ -164,6 +164,22 @@ def test_a_launched_step_that_overflows_ends_its_own_sequence(counting: type[Cou
     ]
 
 
+def test_a_launched_step_that_overflows_for_nobody_spares_the_next_in_its_slot(counting: type[Counting]) -> None:
+    weights = random_weights(TINY, seed=11)
+    weights["tok_embeddings.weight"][13] = float("inf")
+    engine = ahead_of(model_of(TINY, weights), slots=2)
+    others = SamplingParams(max_tokens=12, temperature=0.0, logit_bias={13: -100.0})
+    long = engine.add([9] * 30, SamplingParams(max_tokens=40, temperature=0.0, logit_bias={13: -100.0}))
+    ends = SamplingParams(max_tokens=9, temperature=0.0, logit_bias={13: 100.0}, stop_ids=frozenset({13}))
+    ended = engine.add([3, 1, 2, 4], ends)
+    while not ended.finished:
+        engine.step()
+    assert ended.finish_reason is FinishReason.STOP and counting.launched
+    after = engine.add([8, 8], others)
+    assert finish(engine, after) == alone(MODEL, [8, 8], others) and after.finish_reason is FinishReason.LENGTH
+    assert not long.finished
+
+
 def test_the_likeliest_tokens_come_from_one_kernel_where_nobody_asks_for_more(counting: type[Counting]) -> None:
     """As `engine.gpu.choice` has it, which `test_gpu_block.py` tries."""
 

@@ -90,6 +90,7 @@ class CpuRunner:
     """What `Runner` does, on the kernels; the model's own modules are emptied once their weights are packed."""
 
     runs_ahead = False
+    reads_behind = False
 
     def __init__(
         self,
@@ -211,7 +212,7 @@ class CpuRunner:
                 singles += 1
             else:
                 chunks += (segment.slot, segment.start, first, count)
-        numbers = torch.tensor([*ids, *positions, *slots, *chunks, *wanted])
+        numbers = torch.tensor([*ids, *positions, *slots, *chunks, *wanted], dtype=torch.int64)
         at, tokens, rows = numbers.data_ptr(), len(ids), len(wanted)
         if len(self._logits_RV) < rows:
             self._logits_RV = torch.empty(rows, self._logits_RV.shape[1])
