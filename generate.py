@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Ordered
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,11 +51,18 @@ class Request:
     dialog: list[dict[str, str]] | None = None
     params: SamplingParams = field(default_factory=SamplingParams)
     stop: tuple[str, ...] = ()
+    where: str = ""  # where it was read, which is said of what is wrong with it
 
     def __post_init__(self) -> None:
         if (self.prompt is None) == (self.dialog is None):
             raise RequestError("a request needs either 'prompt' or 'dialog'", "prompt")
-        if len(self.stop) > MAX_STOP_STRINGS or not all(isinstance(text, str) and text for text in self.stop):
+        if not isinstance(self.prompt, str | list | tuple | None):
+            raise RequestError("prompt must be a text or a list of token ids", "prompt")
+        if (
+            not isinstance(self.stop, tuple)
+            or len(self.stop) > MAX_STOP_STRINGS
+            or not all(isinstance(text, str) and text for text in self.stop)
+        ):
             raise RequestError(f"stop must be at most {MAX_STOP_STRINGS} strings, none of them empty", "stop")
 
 
@@ -182,12 +190,16 @@ class LLM:
     ) -> Iterator[tuple[int, _Answer]]:
         """Answer all requests, yielding each with its index as soon as it ends; nothing runs if any is refused."""
         started = time.perf_counter()
-        prompts = [self.prompt_tokens(request) for request in requests]
+        prompts = []
+        for request in requests:
+            with _naming(request.where):
+                prompts.append(self.prompt_tokens(request))
         self.metrics = Metrics(prompt_tokens=sum(map(len, prompts)))
         answers: dict[int, tuple[int, _Answer]] = {}
         try:
             for index, (request, prompt) in enumerate(zip(requests, prompts, strict=True)):
-                sequence = self.engine.add(prompt, request.params, self.tokenizer.stop_ids)
+                with _naming(request.where):
+                    sequence = self.engine.add(prompt, request.params, self.tokenizer.stop_ids)
                 strips = request.dialog is not None and self.tokenizer.answer_begins_with_space
                 decoder = StreamDecoder(self.tokenizer, request.stop, strip_leading_space=strips)
                 answers[sequence.number] = (index, _Answer(sequence, decoder))
@@ -228,14 +240,36 @@ def demo_checkpoint() -> Path:
         raise ConfigError(f"the demo model could not be converted to {DEMO_CHECKPOINT}: {error}") from None
 
 
-def request_from(body: dict[str, Any], defaults: dict[str, Any], where: str) -> Request:
-    """A request from a JSON object: `prompt` or `dialog`, and any sampling option over the defaults."""
-    options = {**defaults, **body}
-    content = {name: options.pop(name, None) for name in ("prompt", "dialog")}
-    stop = options.pop("stop", None) or ()
+def request_from(
+    body: dict[str, Any], defaults: dict[str, Any], where: str, mode: str | None = None, system: str | None = None
+) -> Request:
+    """A request from a JSON object: `prompt` or `dialog`, and any sampling option over the defaults.
+
+    In the mode `chat`, be it the given one or the object's own, a prompt is a message behind the system prompt.
+    """
+    options = {"mode": mode, **defaults, **body}
+    mode, stop = options.pop("mode"), options.pop("stop", None) or ()
+    prompt, dialog = options.pop("prompt", None), options.pop("dialog", None)
+    with _naming(where):
+        if mode not in (None, *MODES):
+            raise RequestError(f"mode is {mode!r}; allowed: {', '.join(MODES)}", "mode")
+        if dialog is not None and body.get("mode") == MODES[0]:
+            raise RequestError("a dialog is a chat; leave mode out or say 'chat'", "mode")
+        if mode == "chat" and isinstance(prompt, str) and dialog is None:
+            dialog = [{"role": "system", "content": system}] if system else []
+            prompt, dialog = None, [*dialog, {"role": "user", "content": prompt}]
+        stop = (stop,) if isinstance(stop, str) else stop
+        return Request(prompt, dialog, _sampling(options), tuple(stop) if isinstance(stop, list) else stop, where)
+
+
+@contextmanager
+def _naming(where: str) -> Iterator[None]:
+    """Say where a request that cannot be served was read, if it was."""
     try:
-        return Request(**content, params=_sampling(options), stop=(stop,) if isinstance(stop, str) else tuple(stop))
-    except (RequestError, TypeError) as error:
+        yield
+    except (RequestError, DialogError, TokenizerError, TypeError) as error:
+        if not where:
+            raise
         raise RequestError(f"{where}: {error}", getattr(error, "param", None)) from None
 
 
@@ -255,59 +289,59 @@ def _sampling(options: dict[str, Any]) -> SamplingParams:
         except ValueError:
             raise RequestError("logit_bias must map token ids to numbers", "logit_bias") from None
     if "stop_ids" in values:
+        if not isinstance(values["stop_ids"], list):
+            raise RequestError("stop_token_ids must be a list of token ids", "stop_token_ids")
         values["stop_ids"] = frozenset(values["stop_ids"])
     return SamplingParams(**values)
 
 
-def read_dialogs(path: str) -> list[list[dict[str, str]]]:
-    """The dialogs of a JSON file: one list of messages, a list of such lists, or an object with `dialog`."""
-    try:
-        value = json.loads(_read(path))
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}: not JSON: {error}") from None
-    if isinstance(value, dict):
-        value = value.get("dialog")
+def read_dialogs(path: str) -> list[dict[str, Any]]:
+    """What a JSON file asks: an object with `dialog` and maybe options, a list of messages, or a list of such lists."""
+    value = _json(_read(path), path)
+    if isinstance(value, dict) and isinstance(value.get("dialog"), list):
+        return [value]
     if not isinstance(value, list) or not value:
         raise ConfigError(f'{path}: needs a list of messages {{"role": ..., "content": ...}}, or a list of such lists')
-    return value if all(isinstance(item, list) for item in value) else [value]
+    return [{"dialog": dialog} for dialog in (value if all(isinstance(item, list) for item in value) else [value])]
 
 
-def read_prompts(path: str, mode: str, system: str | None, defaults: dict[str, Any]) -> list[Request]:
-    """The requests of a file: JSON objects, one a line, when its first line is one; else one prompt a line."""
-    lines = [(number, line) for number, line in enumerate(_read(path).splitlines(), 1) if line.strip()]
+def read_prompts(path: str) -> list[tuple[str, dict[str, Any]]]:
+    """What a file asks, and where it stands there: JSON objects, if it begins with one, else a prompt a line."""
+    text = _read(path)
+    lines = [(f"{path}, line {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         raise ConfigError(f"{path}: holds no prompt; it needs one per line, or JSON objects, one per line")
-    requests = []
-    for number, line in lines:
-        where = f"{path}, line {number}"
-        if lines[0][1].lstrip().startswith("{"):
-            try:
-                body = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ConfigError(f"{where}: not JSON: {error}") from None
-            if not isinstance(body, dict):
-                raise ConfigError(f'{where}: needs an object such as {{"prompt": "..."}}, not {type(body).__name__}')
-        else:
-            body = message(line, system) if mode == "chat" else {"prompt": line}
-        requests.append(request_from(body, defaults, where))
-    return requests
+    if not text.lstrip().startswith("{"):
+        return [(where, {"prompt": line}) for where, line in lines]
+    with suppress(ValueError, RecursionError):
+        return [(path, json.loads(text))]
+    bodies = [(where, _json(line, where)) for where, line in lines]
+    for where, body in bodies:
+        if not isinstance(body, dict):
+            raise ConfigError(f'{where}: needs an object such as {{"prompt": "..."}}, not {type(body).__name__}')
+    return bodies
 
 
-def message(text: str, system: str | None) -> dict[str, Any]:
-    """A dialog of one user message."""
-    dialog = [{"role": "system", "content": system}] if system else []
-    return {"dialog": [*dialog, {"role": "user", "content": text}]}
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{where}: not JSON: {error}") from None
 
 
 def _read(path: str) -> str:
     try:
-        return sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        text = data.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise ConfigError(f"{path}: cannot be read: {reason}") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _number_or_auto(word: str) -> int | str:
+    if word != "auto" and not word.isdecimal():
+        raise argparse.ArgumentTypeError(f"{word!r} is neither auto nor a whole number")
     return word if word == "auto" else int(word)
 
 
@@ -322,7 +356,9 @@ def build_parser() -> Parser:
     )
     what = parser.add_argument_group("what to answer (one of these)").add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", metavar="TEXT", help="a text to complete, or with --mode chat a message to answer")
-    what.add_argument("--prompts", metavar="FILE", help="one prompt per line, or JSONL with options; answers as JSONL")
+    what.add_argument(
+        "--prompts", metavar="FILE", help="one prompt per line, or JSONL with options; answers as JSONL; '-' is stdin"
+    )
     what.add_argument("--dialog", metavar="FILE", help="a JSON list of messages, or a list of such lists; '-' is stdin")
     mode = parser.add_argument_group("how to read it")
     mode.add_argument("--mode", choices=MODES, help="how to take prompts (default: text_completion; --dialog is chat)")
@@ -332,13 +368,19 @@ def build_parser() -> Parser:
     model.add_argument(
         "--checkpoint", metavar="DIR", help="what checkpoint_converter.py wrote (default: the demo model)"
     )
-    model.add_argument("--device", choices=DEVICES, default="auto")
-    model.add_argument("--dtype", choices=DTYPES, default="auto")
+    model.add_argument("--device", choices=DEVICES, default="auto", help="auto: cuda where there is one (the default)")
+    model.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: by the device and the size (the default)")
     model.add_argument("--quantization", choices=QUANTIZATIONS, default="none", help="of the weights (default: none)")
     model.add_argument("--kernels", choices=KERNELS, default="auto", help="auto: the CPU's own where they can be had")
-    model.add_argument("--max-seq-len", type=int, metavar="N", help="longest prompt plus answer, in tokens")
-    model.add_argument("--max-batch-size", type=int, metavar="N", help="how many requests run at once")
-    model.add_argument("--max-tokens-per-step", type=int, default=512, metavar="N", help="prompt tokens in one step")
+    model.add_argument(
+        "--max-seq-len", type=int, metavar="N", help="longest prompt plus answer, in tokens (default: the checkpoint's)"
+    )
+    model.add_argument(
+        "--max-batch-size", type=int, metavar="N", help="how many requests run at once (default: the checkpoint's)"
+    )
+    model.add_argument(
+        "--max-tokens-per-step", type=int, default=512, metavar="N", help="tokens that one step computes (default: 512)"
+    )
     model.add_argument(
         "--prefill-beside-decode",
         type=_number_or_auto,
@@ -381,16 +423,19 @@ def requests_from(flags: argparse.Namespace) -> list[Request]:
         "ignore_eos seed logprobs"
     ).split()
     defaults = {name: getattr(flags, name) for name in names}
-    if flags.prompts is not None:
-        return read_prompts(flags.prompts, flags.mode or MODES[0], flags.system, defaults)
+    if flags.system and (flags.mode != "chat" or flags.dialog is not None):
+        raise ConfigError("--system needs --mode chat, and prompts; a dialog has its own")
+    if flags.echo and (flags.prompt is None or flags.mode == "chat"):
+        raise ConfigError("--echo needs a --prompt that is completed")
+    if flags.dialog is not None and flags.mode == MODES[0]:
+        raise ConfigError("--dialog is a chat; leave --mode out or give --mode chat")
     if flags.dialog is not None:
-        if flags.mode == MODES[0]:
-            raise ConfigError("--dialog is a chat; leave --mode out or give --mode chat")
-        return [request_from({"dialog": dialog}, defaults, flags.dialog) for dialog in read_dialogs(flags.dialog)]
-    if flags.system and flags.mode != "chat":
-        raise ConfigError("--system needs --mode chat")
-    body = message(flags.prompt, flags.system) if flags.mode == "chat" else {"prompt": flags.prompt}
-    return [request_from(body, defaults, "--prompt")]
+        found = [(flags.dialog, body) for body in read_dialogs(flags.dialog)]
+    else:
+        found = [("--prompt", {"prompt": flags.prompt})] if flags.prompts is None else read_prompts(flags.prompts)
+    if flags.logprobs is not None and flags.prompts is None and len(found) == 1:
+        raise ConfigError("--logprobs needs --prompts, of which answers come as JSON")
+    return [request_from(body, defaults, where, flags.mode, flags.system) for where, body in found]
 
 
 def completion_line(index: int, completion: Completion) -> str:
@@ -417,7 +462,7 @@ def _logprob(token: TokenLogprobs) -> dict[str, Any]:
 
 def run(flags: argparse.Namespace, launch: Launch) -> None:
     """Load, answer, write."""
-    requests = requests_from(flags)
+    requests = requests_from(flags) if launch.rank == 0 else []  # who follows could only drain a common stdin
     config = EngineConfig(
         max_seq_len=flags.max_seq_len,
         max_batch_size=flags.max_batch_size,
@@ -434,7 +479,7 @@ def run(flags: argparse.Namespace, launch: Launch) -> None:
         threads=flags.threads,
         verify_checkpoint=not flags.no_verify,
     )
-    llm = LLM(Path(flags.checkpoint) if flags.checkpoint else demo_checkpoint(), config, launch)
+    llm = LLM(demo_checkpoint() if flags.checkpoint is None else Path(flags.checkpoint), config, launch)
     if not llm.leads:
         llm.follow()
         llm.close()
@@ -497,9 +542,12 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader left; nothing more can be written, not even at exit
+    except OSError as error:  # nothing more can be written, not even at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        if isinstance(error, BrokenPipeError):  # the reader left
+            return 141
+        print(f"generate.py: error: the answer cannot be written: {error.strerror}", file=sys.stderr)
+        return 1
     return 0
 
 

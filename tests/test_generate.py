@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -112,6 +113,50 @@ def test_jsonl_prompts_have_options_of_their_own(
     assert (ended["text"], ended["generated_tokens"], ended["finish_reason"]) == ("", 1, "stop")
 
 
+def test_the_two_sample_files_are_answered_as_the_server_answers_them(
+    capsys: pytest.CaptureFixture[str], checkpoint: Path
+) -> None:
+    (line,) = run(capsys, checkpoint, "--prompts", str(PROJECT / "sample_text.txt"))[1].splitlines()
+    assert json.loads(line)["generated_tokens"] == 60 or json.loads(line)["finish_reason"] == "stop"
+    text = run(capsys, checkpoint, "--dialog", str(PROJECT / "dialogs.txt"), "--max-new-tokens", "1")[1]
+    assert "Paris" in text, "the file's own limit holds"
+
+
+def test_prompts_are_read_whatever_other_programs_make_of_text_and_lines(
+    capsys: pytest.CaptureFixture[str], checkpoint: Path, tmp_path: Path
+) -> None:
+    bodies = [{"prompt": f"Say\u2028 {STORY}"}, {"prompt": FRANCE, "mode": "chat"}]
+    text = "\ufeff" + "\r\n".join(json.dumps(body, ensure_ascii=False) for body in bodies)
+    (tmp_path / "bom.jsonl").write_bytes(text.encode())
+    lines = [
+        json.loads(line)
+        for line in run(capsys, checkpoint, "--prompts", str(tmp_path / "bom.jsonl"))[1].split("\n")[:-1]
+    ]
+    assert len(lines) == 2 and lines[1]["text"] == ANSWER
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"prompt": "What is your name?"}))
+    flags = ("--prompts", str(tmp_path / "chat.jsonl"), "--mode", "chat", "--system", "Your name is Zora.")
+    assert json.loads(run(capsys, checkpoint, *flags)[1])["text"] == "My name is Zora."
+
+
+def test_only_the_first_rank_reads_what_all_could(checkpoint: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "generate.py"]
+    flags = ["--checkpoint", str(checkpoint), "--temperature", "0", "--quiet", "--dialog", "-"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    dialog = (PROJECT / "dialogs.txt").read_bytes()
+    ended = subprocess.run(
+        [*command, *flags], cwd=PROJECT, env=environment, input=dialog, capture_output=True, timeout=120
+    )
+    assert ended.returncode == 0 and b"Paris" in ended.stdout, ended.stderr
+
+
+def test_a_full_disk_is_told_in_one_line(checkpoint: Path) -> None:
+    command = [sys.executable, "generate.py", "--checkpoint", str(checkpoint), "--quiet", "--prompt", "x"]
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(command, cwd=PROJECT, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert ended.returncode == 1
+    assert ended.stderr == "generate.py: error: the answer cannot be written: No space left on device\n"
+
+
 def test_the_same_seed_gives_the_same_text_in_a_crowd(llm: LLM) -> None:
     params = SamplingParams(temperature=2.0, seed=7, max_tokens=40)
     alone = llm.generate([Request(prompt=STORY, params=params)])[0]
@@ -219,6 +264,9 @@ BAD_FLAGS = [
     (["--prompt", "x", "--dtype", "float32", "--device", "cuda"], "device is 'cuda' but this machine"),
     (["--prompt", "x " * 60, "--max-seq-len", "16"], "tokens; with max_seq_len 16 at most 15 fit"),
     (["--prompt", "x", "--system", "Be kind."], "--system needs --mode chat"),
+    (["--dialog", str(PROJECT / "dialogs.txt"), "--mode", "chat", "--system", "Hi."], "a dialog has its own"),
+    (["--prompt", "x", "--mode", "chat", "--echo"], "--echo needs a --prompt that is completed"),
+    (["--prompt", "x", "--logprobs", "2"], "--logprobs needs --prompts"),
     (["--prompt", "x", "--stop", ""], "stop must be at most 4 strings, none of them empty"),
     (["--prompt", "\ud800"], "surrogate"),
     (["--prompts", "/nowhere/prompts.txt"], "/nowhere/prompts.txt: cannot be read: No such file or directory"),
@@ -247,12 +295,21 @@ BAD_FILES = [
     ("prompts", b'{"prompt": "a", "temprature": 1}', "unknown option 'temprature'; did you mean 'temperature'?"),
     ("prompts", b'{"prompt": "a", "dialog": []}', "a request needs either 'prompt' or 'dialog'"),
     ("prompts", b'{"prompt": "a", "temperature": "hot"}', "temperature is 'hot'"),
+    ("prompts", b'{"prompt": "a"}\n{"prompt": [1.5, 2]}', "line 2: prompt has token id 1.5; ids are 0 to"),
+    ("prompts", b'{"prompt": "a"}\n{"prompt": {"a": 1}}', "line 2: prompt must be a text or a list of token ids"),
+    ("prompts", b'{"prompt": "a"}\n{"prompt": [5, 99999]}', "line 2: prompt has token id 99999"),
+    ("prompts", b"Hello\n" + b"word " * 3000, "line 2: the prompt has"),
+    ("prompts", b'{"prompt": "a", "stop": {"a": 1}}', "stop must be at most 4 strings"),
+    ("prompts", b'{"prompt": "a", "stop_token_ids": ["a"]}', "stop_ids has token id 'a'"),
+    ("prompts", b'{"prompt": "a", "mode": "poem"}', "mode is 'poem'; allowed: text_completion, chat"),
+    ("prompts", b'{"prompt": "a"}\n' + b'{"prompt": ' + b"[" * 100_000, "line 2: not JSON"),
     ("prompts", b"\xff\xfe", "it is not UTF-8 text"),
     ("dialog", b"{}", "needs a list of messages"),
     ("dialog", b"not json", "not JSON"),
     ("dialog", b'[{"role": "robot", "content": "x"}]', "robot"),
     ("dialog", b'[{"role": "assistant", "content": "x"}]', "user"),
     ("dialog", b'[{"role": "user"}]', "content"),
+    ("dialog", b'{"dialog": [{"role": "user", "content": "x"}], "temprature": 5}', "did you mean 'temperature'?"),
 ]
 
 
@@ -321,6 +378,6 @@ def test_a_rank_that_is_not_the_first_speaks_only_if_it_is_still_there_after_a_w
 
     monkeypatch.setattr(Launch, "from_environment", staticmethod(launch))
     monkeypatch.setattr(time, "sleep", sleep)
-    assert main(["--prompt", "x", "--system", "y"]) == 1
+    assert main(["--prompt", "x", "--checkpoint", "/nowhere"]) == 1
     assert (waited, said_before) == (([], []) if local_rank == 0 else ([generate.FIRST_RANK_SPEAKS_WITHIN_S], [""]))
-    assert capsys.readouterr().err == "generate.py: error: --system needs --mode chat\n"
+    assert capsys.readouterr().err.startswith("generate.py: error: /nowhere: ")

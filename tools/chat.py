@@ -528,7 +528,7 @@ def _read_dialog(path: Path) -> list[Message]:
     from tokenizing import check_dialog
 
     try:
-        dialogs = read_dialogs(os.path.abspath(path))  # in full, as it takes '-' for stdin
+        dialogs = [body["dialog"] for body in read_dialogs(os.path.abspath(path))]  # in full, as it takes '-' for stdin
         if len(dialogs) != 1:
             raise AnswerError(f"{path}: holds {len(dialogs)} dialogs; a chat goes on with one")
         answered = dialogs[0] and isinstance(dialogs[0][-1], dict) and dialogs[0][-1].get("role") == "assistant"
