@@ -98,12 +98,13 @@ def _one_of(parser: Parser, options: argparse.Namespace, positional: str, flag: 
     given = {value for value in (getattr(options, positional), getattr(options, flag)) if value is not None}
     if len(given) > 1:
         parser.error(f"{name} and --{flag} name different folders")
-    if not given:
+    if not any(given):
         parser.error(f"{name} (or --{flag}) is needed")
     return given.pop()
 
 
-def _run(argv: list[str] | None, warn: Callable[[str], None]) -> None:
+def _run(argv: list[str] | None, warn: Callable[[str], None]) -> str:
+    """Convert as the command line says; what there is to say when it is done."""
     parser = _parser()
     options = parser.parse_args(argv)
     source_path = _one_of(parser, options, "source", "original_ckpt_dir", "IN")
@@ -124,7 +125,7 @@ def _run(argv: list[str] | None, warn: Callable[[str], None]) -> None:
             warn(f"{source_path} mixes dtypes; all is stored as {sink.stored_as}")
         written = conversion.run(options.force, verify=not options.no_verify)
     what = f"{sink.args.parameter_count():,} parameters in {sink.stored_as}"
-    print(f"{output}: {what} {'converted' if written else 'were already converted'} to {sink.title}")
+    return f"{output}: {what} {'converted' if written else 'were already converted'} to {sink.title}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -135,8 +136,7 @@ def main(argv: list[str] | None = None) -> int:
     if threading.current_thread() is threading.main_thread():
         handlers = {each: signal.signal(each, _interrupt) for each in (signal.SIGINT, signal.SIGTERM)}
     try:
-        _run(argv, lambda text: print(f"{PROGRAM}: warning: {text}", file=sys.stderr))
-        return 0
+        said = _run(argv, lambda text: print(f"{PROGRAM}: warning: {text}", file=sys.stderr))
     except (FormatError, ConfigError, ConversionError, OutputError) as error:
         message, status = str(error), 1
     except OSError as error:
@@ -148,11 +148,22 @@ def main(argv: list[str] | None = None) -> int:
     except _Interrupted as error:
         message = f"stopped by {signal.Signals(error.args[0]).name}; nothing was changed"
         status = 128 + error.args[0]
+    else:
+        return _say(said)
     finally:
         for each, handler in handlers.items():
             signal.signal(each, handler)
     print(f"{PROGRAM}: error: {message}", file=sys.stderr)
     return status
+
+
+def _say(said: str) -> int:
+    """The last line of a conversion that is complete, whether or not anybody reads it."""
+    try:
+        print(said, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or it is tried again at exit
+    return 0
 
 
 if __name__ == "__main__":

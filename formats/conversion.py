@@ -60,7 +60,7 @@ def convert(
 
 def format_of(output: str | os.PathLike[str]) -> str:
     """The format of an output that nobody named."""
-    return "gguf" if Path(output).suffix == ".gguf" else "dcp"
+    return "gguf" if Path(output).suffix.lower() == ".gguf" else "dcp"
 
 
 def make_sink(source: Source, to: str, dtype: torch.dtype | None, options: dict[str, Any]) -> Sink:

@@ -89,7 +89,7 @@ class GGUFSource(Source):
     @classmethod
     def recognizes(cls, folder: Path) -> bool:
         if not folder.is_dir():
-            return folder.suffix == SUFFIX
+            return folder.suffix.lower() == SUFFIX
         return next(folder.glob(f"*{SUFFIX}"), None) is not None
 
     def read(self, name: str) -> Tensor:

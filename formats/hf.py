@@ -51,6 +51,7 @@ HF_NAMES = {
 STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 DTYPE_NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
 # The tensors whose rows transformers orders otherwise.
+OUTPUT = "lm_head.weight"
 ROTATED = ("attention.wq.weight", "attention.wk.weight")
 # Long contexts are a choice of the server: a cache for 131072 positions would not fit a small machine.
 LONGEST_DEFAULT_CONTEXT = 4096
@@ -120,9 +121,15 @@ class HFSource(Source):
                 )
             dtypes[name] = STORED_DTYPES[stored.dtype]
         expected = {hf_name(name) for name in shapes}
+        if self.args.tie_embeddings and OUTPUT in self._stored:  # a copy, or transformers would use it
+            output, embedding = self._stored[OUTPUT], self._stored[hf_name("tok_embeddings.weight")]
+            if output.shape != embedding.shape or not torch.equal(output.read(), embedding.read()):
+                raise FormatError(
+                    f"{self._folder}: config.json ties {OUTPUT} to the embedding, but they differ; remove the tensor, "
+                    f"or say tie_word_embeddings: false"
+                )
         for name in self._stored:
-            # A tied model may carry a copy of its embedding; in any other model this name is expected.
-            if name not in expected and name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq"):
+            if name not in expected and name != OUTPUT and not name.endswith("rotary_emb.inv_freq"):
                 raise FormatError(f"{self._folder}: tensor {name!r} does not belong to the model of config.json")
         return dtypes
 
@@ -274,7 +281,13 @@ def _refuse_other_models(path: Path, config: dict[str, Any]) -> None:
 
 def _rope(path: Path, config: dict[str, Any]) -> tuple[Any, RopeScaling | None]:
     """RoPE's base and scaling, in the older form (`rope_theta`, `rope_scaling`) or the newer (`rope_parameters`)."""
-    key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+    newer, older = (_rope_of(path, config, key) for key in ("rope_parameters", "rope_scaling"))
+    if config.get("rope_parameters") and config.get("rope_scaling") and newer[1] != older[1]:
+        raise FormatError(f"{path}: rope_parameters and rope_scaling mean different things; remove one of them")
+    return newer if config.get("rope_parameters") else older
+
+
+def _rope_of(path: Path, config: dict[str, Any], key: str) -> tuple[Any, RopeScaling | None]:
     settings = config.get(key) or {}
     if not isinstance(settings, dict):
         raise FormatError(f"{path}: {key} is {settings!r}; an object is needed")

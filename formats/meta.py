@@ -89,7 +89,10 @@ class MetaSource(Source):
 
     @classmethod
     def recognizes(cls, folder: Path) -> bool:
-        return (folder / "params.json").exists() or next(folder.glob("consolidated.*.pth"), None) is not None
+        if next(folder.glob("consolidated.*.pth"), None) is not None:
+            return True
+        # Alone it says that the shards are missing; a folder of Hugging Face's may have one too.
+        return (folder / "params.json").exists() and not (folder / "config.json").exists()
 
     def read(self, name: str) -> Tensor:
         parts = [tensors[name] for tensors in self._tensors]

@@ -12,6 +12,7 @@ import re
 import secrets
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from functools import partial
@@ -22,6 +23,7 @@ from typing import Any, Self
 # Pieces smaller than this are put together before they are written.
 _SMALL = 1 << 20
 _HASH_BLOCK = 1 << 20
+LOCKED_WITHIN_S = 60.0  # after it was made
 
 
 class OutputError(ValueError):
@@ -269,22 +271,30 @@ def _remove_stale(target: Path) -> None:
 
 
 def _is_abandoned(folder: Path, pid: int) -> bool:
-    """Whether its process is dead; a lock speaks for processes of other containers, whose ids mean nothing here."""
-    try:
-        os.kill(pid, 0)
-        return False
-    except PermissionError:
-        return False
-    except ProcessLookupError:
-        pass
+    """Whether nobody has locked it; its maker needs a moment for that, and has none where a file system has no locks.
+
+    A process of that id proves nothing: in a container every conversion may be process 1.
+    """
     try:
         lock = os.open(folder, os.O_RDONLY)
     except OSError:
         return False
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except OSError:
+        return not _lives(pid) or time.time() - os.stat(lock).st_mtime > LOCKED_WITHIN_S
+    except BlockingIOError:
         return False
+    except OSError:
+        return not _lives(pid)
     finally:
         os.close(lock)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

@@ -10,6 +10,7 @@ import torch
 from checkpoints import PARAMS, hf_config, hf_tensors, random_tensors, write_hf, write_meta, write_tokenizer
 from torch import Tensor
 
+from formats.vocabulary import read_vocabulary
 from llama2 import ModelArgs
 from tools.check import main
 
@@ -87,3 +88,25 @@ def test_what_cannot_be_read_is_an_error_of_one_line(
     assert main([str(meta), str(tmp_path / "none")]) == 2
     said = capsys.readouterr().err
     assert said.startswith("check: error: ") and said.count("\n") == 1 and "no such file or folder" in said
+
+
+def test_tokens_that_are_cut_another_way_are_another_model(
+    meta: Path, tensors: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vocabulary = read_vocabulary(meta / "tokenizer.model")
+    other_way = dataclasses.replace(vocabulary, add_space_prefix=False, originals={})
+    (tmp_path / "tokenizer.model").write_bytes(other_way.sentencepiece())
+    assert main([str(meta), other(tmp_path, tensors, tmp_path / "tokenizer.model"), "--tokens", "0"]) == 1
+    assert "5 of 5 prompts are cut into others, such as 'Once upon a time'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("content", "said"), [(b"\xff", "is not UTF-8 text"), (b"\n", "holds no prompt")])
+def test_prompts_that_cannot_be_asked_are_no_difference(
+    meta: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, said: str
+) -> None:
+    (tmp_path / "prompts").write_bytes(content)
+    assert main([str(meta), str(meta), "--prompts", str(tmp_path / "prompts")]) == 2
+    assert said in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        main([str(meta), str(meta), "--tokens", "-5"])
+    assert ended.value.code == 2

@@ -35,7 +35,7 @@ import checkpoint_converter
 import formats.dcp
 from checkpoint_converter import convert, main
 from engine.checkpoint import open_checkpoint, read_tensors
-from formats import FormatError
+from formats import FormatError, open_source
 from formats.dcp import DCPSink
 from formats.meta import MetaSource
 from formats.output import HashedFile
@@ -391,16 +391,33 @@ def test_what_a_killed_conversion_left_is_removed_but_not_what_a_living_one_uses
     assert (gone.exists(), living.exists(), other.exists()) == (False, True, True)
 
 
+def test_what_a_process_of_an_id_that_lives_again_left_is_removed_after_a_while(meta, tmp_path):
+    folder = tmp_path / f".out.partial-{os.getpid()}-0123abcd"  # as in a container, where all are process 1
+    folder.mkdir()
+    os.utime(folder, (time.time() - 3600,) * 2)
+    convert(meta, tmp_path / "out")
+    assert not folder.exists()
+
+
 def test_a_locked_partial_folder_is_somebodys_whatever_its_process_id(meta, tmp_path):
     dead = subprocess.Popen(["true"])
     dead.wait()
     folder = tmp_path / f".out.partial-{dead.pid}-0123abcd"
     folder.mkdir()
+    os.utime(folder, (time.time() - 3600,) * 2)
     lock = os.open(folder, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
     convert(meta, tmp_path / "out")
     os.close(lock)
     assert folder.exists()
+
+
+def test_a_conversion_that_nobody_hears_of_is_done(meta, tmp_path):
+    command = [sys.executable, "checkpoint_converter.py", str(meta), str(tmp_path / "OUT.GGUF")]
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert open_source(tmp_path / "OUT.GGUF").title == "GGUF"
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
@@ -478,6 +495,7 @@ def test_help_names_every_flag(capsys):
     ("arguments", "expected"),
     [
         ([], "IN (or --original_ckpt_dir) is needed"),
+        (["", "out"], "IN (or --original_ckpt_dir) is needed"),
         (["in"], "OUT (or --save_checkpoint_dir) is needed"),
         (["in", "out", "--original_ckpt_dir", "other"], "IN and --original_ckpt_dir name different folders"),
         (["in", "out", "--dtype", "int8"], "invalid choice: 'int8'"),

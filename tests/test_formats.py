@@ -329,7 +329,10 @@ def test_the_default_context_is_the_models_but_bounded(tmp_path, tokenizer, long
 
 def test_a_tied_models_copy_of_the_embedding_is_ignored_but_an_untied_model_needs_its_output(tmp_path, tokenizer):
     untied = hf_tensors(random_tensors(ARGS), ARGS)
-    write_hf(tmp_path / "copy", untied, hf_config(ARGS, tie_word_embeddings=True), tokenizer)
+    write_hf(tmp_path / "other", untied, hf_config(ARGS, tie_word_embeddings=True), tokenizer)
+    assert "ties lm_head.weight to the embedding, but they differ" in refusal(tmp_path / "other")
+    copy = untied | {"lm_head.weight": untied["model.embed_tokens.weight"].clone()}
+    write_hf(tmp_path / "copy", copy, hf_config(ARGS, tie_word_embeddings=True), tokenizer)
     with open_source(tmp_path / "copy") as source:
         assert source.args.tie_embeddings and "output.weight" not in source.names
     tied = {name: tensor for name, tensor in untied.items() if name != "lm_head.weight"}
@@ -337,6 +340,31 @@ def test_a_tied_models_copy_of_the_embedding_is_ignored_but_an_untied_model_need
     assert open_source(tmp_path / "tied").args.tie_embeddings
     write_hf(tmp_path / "none", tied, hf_config(ARGS), tokenizer)
     assert "tensor lm_head.weight is missing" in refusal(tmp_path / "none")
+
+
+def test_two_settings_of_rope_must_mean_the_same(tmp_path, tokenizer):
+    tensors, linear = hf_tensors(random_tensors(ARGS), ARGS), {"rope_type": "linear", "factor": 4.0}
+    plain = {"rope_type": "default", "rope_theta": 10000.0}
+    write_hf(tmp_path / "a", tensors, hf_config(ARGS, rope_parameters=plain, rope_scaling=linear), tokenizer)
+    assert "of type 'linear'" in refusal(tmp_path / "a")
+    llama3 = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    write_hf(tmp_path / "b", tensors, hf_config(ARGS, rope_parameters=plain, rope_scaling=llama3), tokenizer)
+    assert "rope_parameters and rope_scaling mean different things" in refusal(tmp_path / "b")
+    both = {"rope_parameters": llama3 | {"rope_theta": 5e5}, "rope_scaling": llama3}
+    write_hf(tmp_path / "c", tensors, hf_config(ARGS, **both), tokenizer)
+    assert open_source(tmp_path / "c").args.rope_theta == 5e5
+
+
+def test_a_folder_of_hugging_faces_may_hold_metas_settings_too(tmp_path, tokenizer):
+    write_hf(tmp_path / "hf", hf_tensors(random_tensors(ARGS), ARGS), hf_config(ARGS), tokenizer)
+    (tmp_path / "hf" / "params.json").write_text("{}")
+    assert open_source(tmp_path / "hf").title == "Hugging Face"
 
 
 def test_old_rotary_buffers_are_ignored_and_other_extra_tensors_are_not(tmp_path, tokenizer):

@@ -63,7 +63,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=32, metavar="N", help="of greedy text per prompt (default: 32)")
     parser.add_argument("--tensors-only", action="store_true", help="do not run the models")
     flags = parser.parse_args(argv)
+    if flags.tokens < 0:
+        parser.error(f"--tokens is {flags.tokens}; it must be at least 0")
     try:
+        flags.prompts = _prompts(flags.prompts) if flags.prompts else list(PROMPTS)
         with open_source(flags.a) as a, open_source(flags.b) as b:
             return 0 if compare(a, b, flags) else 1
     except (FormatError, ConfigError, TokenizerError, OSError) as error:
@@ -84,10 +87,19 @@ def compare(a: Source, b: Source, flags: argparse.Namespace) -> bool:
     differences = differing_tensors(a, b)
     same = report_tensors(len(a.names), differences, tolerance) and alike
     if not flags.tensors_only:
-        prompts = flags.prompts.read_text(encoding="utf-8").splitlines() if flags.prompts else PROMPTS
-        same &= same_answers(a, b, [prompt for prompt in prompts if prompt], flags.tokens, not differences)
+        same &= same_answers(a, b, flags.prompts, flags.tokens, not differences)
     print("the same" if same else "NOT the same")
     return same
+
+
+def _prompts(path: Path) -> list[str]:
+    try:
+        prompts = [line for line in path.read_text(encoding="utf-8").split("\n") if line]
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: is not UTF-8 text") from None
+    if not prompts:
+        raise ConfigError(f"{path}: holds no prompt; it needs one per line")
+    return prompts
 
 
 def same_settings(a: Source, b: Source) -> bool:
@@ -161,12 +173,15 @@ def report_tensors(count: int, differences: list[Difference], tolerance: float) 
 
 def same_answers(a: Source, b: Source, prompts: list[str], tokens: int, identical: bool) -> bool:
     """Logits and greedy text of both, on A's token ids; equal weights must give equal ones."""
-    with tempfile.TemporaryDirectory(prefix="llama-check-") as folder:
-        tokenizer = _tokenizer(a, Path(folder)) or _tokenizer(b, Path(folder))
-    if tokenizer is None:
+    tokenizers = [tokenizer for source in (a, b) if (tokenizer := _tokenizer(source)) is not None]
+    if not tokenizers:
         print("answers: not compared, as neither has a tokenizer")
         return True
-    ids = [tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
+    tokenizer = tokenizers[0]
+    ids, *others = ([each.encode(prompt, bos=True, eos=False) for prompt in prompts] for each in tokenizers)
+    if others and (cut := [prompt for prompt, x, y in zip(prompts, ids, others[0], strict=True) if x != y]):
+        print(f"tokens: {len(cut)} of {len(prompts)} prompts are cut into others, such as {cut[0]!r}")
+        return False
     need = (4 if _fits_float32(a) else 2) * a.args.parameter_count()
     if need > available_memory("cpu") * 0.8:
         print(f"answers: not compared: {need / 1e9:.1f} GB for the weights are more than this machine has free")
@@ -202,14 +217,15 @@ def _answers(source: Source, prompts: list[list[int]], tokens: int) -> tuple[lis
     return logits, texts
 
 
-def _tokenizer(source: Source, folder: Path) -> Tokenizer | None:
+def _tokenizer(source: Source) -> Tokenizer | None:
     vocabulary = source.vocabulary()
     if vocabulary is None:
         return None
     files = vocabulary.served_files()
-    for name, content in files.items():
-        (folder / name).write_bytes(content)
-    return load_tokenizer(folder / next(name for name in ("tokenizer.model", "tokenizer.json") if name in files))
+    with tempfile.TemporaryDirectory(prefix="llama-check-") as folder:
+        for name, content in files.items():
+            Path(folder, name).write_bytes(content)
+        return load_tokenizer(Path(folder, next(n for n in ("tokenizer.model", "tokenizer.json") if n in files)))
 
 
 def _fits_float32(source: Source) -> bool:
