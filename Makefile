@@ -1,4 +1,5 @@
-# `make help` lists what there is. Everything lives in .venv and build/; both can be deleted at any time.
+# `make help` lists what there is. Everything lives in .venv and build/, which can be deleted at any time (what
+# build/converted holds is converted again), and compiled kernels in ~/.cache/llama-on-torchserve.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
@@ -85,5 +86,5 @@ demo-model: install  ## train the demo model again (about 45 minutes on one core
 	$(BIN)/python demo/train.py --out demo/model
 
 .PHONY: clean
-clean: stop  ## end the server and remove build/
+clean: stop  ## end the server and remove build/, with all that was converted there
 	rm -rf build

@@ -343,7 +343,7 @@ def _refusal(response: Any) -> AnswerError:
         value = text
     message = _message_of(value) or response.reason or "no reason given"
     advice = ""
-    if response.status_code in (401, 403):
+    if response.status_code in (401, 403) or "Authorization" in message:  # TorchServe says 400
         advice = "; give --token, or set LLAMA_TOKEN"
     elif response.headers.get("Retry-After", "").isdigit():
         advice = f"; try again in {response.headers['Retry-After']} s"
