@@ -150,17 +150,19 @@ def choose_ragged(args: ModelArgs, device: str, dtype: torch.dtype) -> bool:
 
 def choose_fused(args: ModelArgs, device: str, dtype: torch.dtype) -> bool:
     """Whether a GPU computes a layer in few kernels: if they work there."""
-    return _works("a step takes more launches than it need, because %s", check_fusion, device, dtype, args)
+    return _works("a step takes more launches than it needs, because %s", check_fusion, device, dtype, args)
 
 
 def _works(without: str, check: Callable[..., None], *arguments: object) -> bool:
     """Whether a check passes; a warning says what is lost if it does not."""
     try:
         check(*arguments)
+        return True
     except NotOnThisGpu as reason:
         log.warning(without, reason)
-        return False
-    return True
+    except Exception as error:  # Triton, the C compiler that it calls, PyTorch, the driver: each has its own kinds
+        log.warning(without, f"{type(error).__name__}: {error}")
+    return False
 
 
 def memory_need(args: ModelArgs, limits: Limits, ranks: int) -> MemoryNeed:

@@ -123,10 +123,6 @@ def halves_exchanged(gate_up):
     return pointwise.swiglu(gate_up.roll(gate_up.shape[1] // 2, 1))
 
 
-def does_not_run(gate_up):
-    raise RuntimeError("no C compiler")
-
-
 @pytest.mark.parametrize("shares", [1, 4, 32])
 @pytest.mark.parametrize("heads_per_key", [1, 3])
 def test_a_long_sequence_is_attended_to_in_whatever_shares(
@@ -173,7 +169,6 @@ WRONG = "came out wrong in a test"
         ("attend_turned", only_themselves, WRONG),
         ("normalise", no_gain, WRONG),
         ("swiglu", halves_exchanged, WRONG),
-        ("swiglu", does_not_run, "RuntimeError: no C compiler"),
     ],
 )
 def test_the_check_at_the_start_finds_what_does_not_work(
@@ -241,7 +236,7 @@ def test_a_gpu_without_it_is_told_so_and_served_all_the_same(
     settled = [Limits.settle(config, TINY, "cuda:0").fused for _ in range(2)]
     settled.append(Limits.settle(dataclasses.replace(config, kernels="torch"), TINY, "cuda:0").fused)
     assert [record.getMessage() for record in caplog.records] == [
-        "a step takes more launches than it need, because Triton is not installed"
+        "a step takes more launches than it needs, because Triton is not installed"
     ]
     monkeypatch.setattr(loader, "check_ragged_attention", no_ragged_attention)
     settled.append(Limits.settle(config, TINY, "cuda:0").fused)

@@ -68,7 +68,7 @@ def _side_by_side(*layers: nn.Linear) -> nn.Linear:
 
 
 def check_fusion(device: str, dtype: torch.dtype, args: ModelArgs) -> None:
-    """Compute a small layer both ways, and raise `NotOnThisGpu` if that does not work here or comes out wrong."""
+    """Compute a small layer both ways, and raise `NotOnThisGpu` if it comes out wrong."""
     random = torch.Generator().manual_seed(0)
     heads = 2 * (args.n_heads // args.n_kv_heads)  # as many to a key as the model has, for which kernels differ
     small = ModelArgs(
@@ -84,12 +84,7 @@ def check_fusion(device: str, dtype: torch.dtype, args: ModelArgs) -> None:
         (Segment(1, 2, (1,), 1), Segment(2, 40, (1,), 1)),
         (Segment(2, 41, (1,), 1),),
     )
-    try:
-        found = [_computed(layer, steps, small, device, dtype) for layer in (block, FusedBlock(block))]
-    except ImportError as error:
-        raise NotOnThisGpu(f"Triton is not installed: {error}") from error
-    except Exception as error:  # Triton's compiler, the C compiler that it calls, the driver: each has its own kinds
-        raise NotOnThisGpu(f"Triton's kernels do not run: {type(error).__name__}: {error}") from error
+    found = [_computed(layer, steps, small, device, dtype) for layer in (block, FusedBlock(block))]
     for expected, ours in zip(*found, strict=True):
         if not (ours.float() - expected.float()).abs().max() <= 0.02 * expected.float().abs().max():
             raise NotOnThisGpu("a layer came out wrong in a test")

@@ -69,27 +69,18 @@ def _pair(numbers: Tensor, scales: Tensor, group: int) -> tuple[Tensor, Tensor]:
 
 
 def check_products(device: str, scheme: Scheme, dtype: torch.dtype) -> None:
-    """Multiply something small, and raise `NotOnThisGpu` if that does not work here or comes out wrong."""
-    try:
-        if device.startswith("cuda"):
-            needed = _CAPABILITY_FP8 if scheme.name == "fp8" else _CAPABILITY
-            found = torch.cuda.get_device_capability(device)
-            if found < needed:
-                numbers = (".".join(map(str, each)) for each in (needed, found))
-                raise NotOnThisGpu(
-                    "{} needs a GPU of compute capability {}; this one has {}".format(scheme.name, *numbers)
-                )
-        random = torch.Generator().manual_seed(0)
-        quantized = scheme.quantize(torch.randn(48, 384, generator=random).to(device))
-        layer, weight_t = QuantizedLinear(quantized), quantized.dequantize().t()
-        for tokens in (1, 3, 20, 70):  # one for each way
-            x = torch.randn(tokens, 384, generator=random).to(device, dtype)
-            expected = x.float() @ weight_t
-            if not (layer(x).float() - expected).abs().max() <= 0.02 * expected.abs().max():
-                raise NotOnThisGpu("its products came out wrong in a test")
-    except ImportError as error:
-        raise NotOnThisGpu(f"Triton is not installed: {error}") from error
-    except NotOnThisGpu:
-        raise
-    except Exception as error:  # Triton's compiler, the C compiler that it calls, the driver: each has its own kinds
-        raise NotOnThisGpu(f"Triton's kernels do not run: {type(error).__name__}: {error}") from error
+    """Multiply something small, and raise `NotOnThisGpu` if it comes out wrong."""
+    if device.startswith("cuda"):
+        needed = _CAPABILITY_FP8 if scheme.name == "fp8" else _CAPABILITY
+        found = torch.cuda.get_device_capability(device)
+        if found < needed:
+            numbers = (".".join(map(str, each)) for each in (needed, found))
+            raise NotOnThisGpu("{} needs a GPU of compute capability {}; this one has {}".format(scheme.name, *numbers))
+    random = torch.Generator().manual_seed(0)
+    quantized = scheme.quantize(torch.randn(48, 384, generator=random).to(device))
+    layer, weight_t = QuantizedLinear(quantized), quantized.dequantize().t()
+    for tokens in (1, 3, 20, 70):  # one for each way
+        x = torch.randn(tokens, 384, generator=random).to(device, dtype)
+        expected = x.float() @ weight_t
+        if not (layer(x).float() - expected).abs().max() <= 0.02 * expected.abs().max():
+            raise NotOnThisGpu("its products came out wrong in a test")
