@@ -8,7 +8,7 @@ Words used below:
 import os
 import re
 from base64 import b64decode
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import tokenizing
@@ -66,7 +66,6 @@ class ByteLevelModel:
     control: Mapping[str, int]
     bos_id: int
     eos_id: int
-    stop_ids: frozenset[int] = frozenset()
 
 
 class Tokenizer(tokenizing.Tokenizer):
@@ -74,7 +73,9 @@ class Tokenizer(tokenizing.Tokenizer):
 
     answer_begins_with_space = False
 
-    def __init__(self, path: str | os.PathLike[str], model: ByteLevelModel | None = None) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], model: ByteLevelModel | None = None, stop_ids: Iterable[int] = ()
+    ) -> None:
         self.path = os.fspath(path)
         model = _load_ranks(self.path) if model is None else model
         self._model = model
@@ -83,7 +84,7 @@ class Tokenizer(tokenizing.Tokenizer):
         self.bos_id, self.eos_id = model.bos_id, model.eos_id
         self.control_names = {id: name for name, id in model.control.items()}
         ends = {model.control[name] for name in (END_OF_TEXT, END_OF_MESSAGE, END_OF_TURN) if name in model.control}
-        self.stop_ids = frozenset({self.eos_id, *ends, *model.stop_ids})
+        self.stop_ids = frozenset({self.eos_id, *ends, *stop_ids})
 
     def encode_dialog(self, dialog: Dialog) -> list[int]:
         """The Llama-3 chat prompt of a dialog, with Meta's ids; it has control tokens where the format puts them only.

@@ -18,7 +18,7 @@ from typing import Any
 import llama2_tokenizer
 import llama3_tokenizer
 from llama3_tokenizer import BEGIN_OF_TEXT, END_OF_TEXT, SPLIT_PATTERN, ByteLevelModel, byte_alphabet, control_tokens
-from tokenizing import Tokenizer, TokenizerError, read_file
+from tokenizing import Tokenizer, TokenizerError, read_json, stop_ids_beside
 
 MAX_TOKENS = 1 << 20
 
@@ -55,7 +55,7 @@ def load(path: str | os.PathLike[str]) -> Tokenizer:
     file = _File(path)
     if file.model.get("byte_fallback") is True:
         return llama2_tokenizer.Tokenizer(path, _Pieces(file), file.stop_ids)
-    return llama3_tokenizer.Tokenizer(path, _byte_level_model(file))
+    return llama3_tokenizer.Tokenizer(path, _byte_level_model(file), file.stop_ids)
 
 
 class _File:
@@ -63,7 +63,7 @@ class _File:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.content = _read_json(path)
+        self.content = read_json(path)
         self.model = self._object(self.content.get("model"), "model")
         self._check_model()
         self.ids = dict(self._object(self.model.get("vocab"), "model.vocab"))
@@ -73,7 +73,7 @@ class _File:
         config = self._beside("tokenizer_config.json")
         self.bos_id = self._named(config, "bos_token", ("<s>", BEGIN_OF_TEXT))
         self.eos_id = self._named(config, "eos_token", ("</s>", END_OF_TEXT))
-        self.stop_ids = self._stop_ids(self._beside("generation_config.json"))
+        self.stop_ids = self._stop_ids()
         self.control = self._control_tokens()
 
     def error(self, problem: str) -> TokenizerError:
@@ -172,7 +172,7 @@ class _File:
 
     def _beside(self, name: str) -> dict[str, Any]:
         path = self.path.with_name(name)
-        return _read_json(path) if path.is_file() else {}
+        return read_json(path) if path.is_file() else {}
 
     def _named(self, config: dict[str, Any], key: str, usual: Iterable[str]) -> int:
         """The id of a token that a config names, else the first one of the usual ones that there is."""
@@ -186,13 +186,11 @@ class _File:
             raise self.error(f"has no token {short_repr(name)}, which tokenizer_config.json gives as {key}")
         return self.ids[name]
 
-    def _stop_ids(self, config: dict[str, Any]) -> frozenset[int]:
-        value = config.get("eos_token_id")
-        ids = value if isinstance(value, list) else [] if value is None else [value]
-        for id in ids:
-            if type(id) is not int or id not in self.tokens:
-                raise self.error(f"has no token {short_repr(id)}, which generation_config.json gives as eos_token_id")
-        return frozenset(ids)
+    def _stop_ids(self) -> frozenset[int]:
+        ids = stop_ids_beside(self.path)
+        if missing := ids - self.tokens.keys():
+            raise self.error(f"has no token {min(missing)}, which generation_config.json gives as eos_token_id")
+        return ids
 
     def _control_tokens(self) -> dict[str, int]:
         """What is marked as special, and what must be although it is not marked."""
@@ -271,16 +269,4 @@ def _byte_level_model(file: _File) -> ByteLevelModel:
             bytes_by_id[id] = bytes(map(alphabet.__getitem__, token))
         else:
             raise file.error(f"the token {short_repr(token)} is not written in byte-level BPE's alphabet")
-    return ByteLevelModel(file.encoder(*layout), bytes_by_id, file.control, file.bos_id, file.eos_id, file.stop_ids)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(read_file(path))
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, TokenizerError):
-            raise
-        raise TokenizerError(f"{path}: no valid JSON ({str(error)[:200]}); fetch or copy the file again") from error
-    if not isinstance(value, dict):
-        raise TokenizerError(f"{path}: holds {short_repr(value)}, but must be a JSON object")
-    return value
+    return ByteLevelModel(file.encoder(*layout), bytes_by_id, file.control, file.bos_id, file.eos_id)

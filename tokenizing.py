@@ -1,13 +1,15 @@
 """Text to token ids and back: what every tokenizer gives, whichever file it comes from, and streamed text."""
 
 import codecs
+import json
 import os
 import re
 import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from reprlib import repr as short_repr
-from typing import ClassVar
+from typing import Any, ClassVar
 
 Message = dict[str, str]
 Dialog = list[Message]
@@ -86,10 +88,34 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     if _RANKS.match(opening):
         import llama3_tokenizer
 
-        return llama3_tokenizer.Tokenizer(path)
+        return llama3_tokenizer.Tokenizer(path, stop_ids=stop_ids_beside(path))
     import llama2_tokenizer
 
-    return llama2_tokenizer.Tokenizer(path)
+    return llama2_tokenizer.Tokenizer(path, stop_ids=stop_ids_beside(path))
+
+
+def stop_ids_beside(path: str | os.PathLike[str]) -> frozenset[int]:
+    """The tokens that end an answer by the generation_config.json beside a tokenizer's file, if there is one."""
+    settings = Path(path).with_name("generation_config.json")
+    value = read_json(settings).get("eos_token_id") if settings.is_file() else None
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    for id in ids:
+        if type(id) is not int or id < 0:
+            raise TokenizerError(f"{settings}: eos_token_id is {short_repr(value)}, but must be token ids")
+    return frozenset(ids)
+
+
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The JSON object that a file of settings holds, which may come from anywhere."""
+    try:
+        value = json.loads(read_file(path))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, TokenizerError):
+            raise
+        raise TokenizerError(f"{path}: no valid JSON ({str(error)[:200]}); fetch or copy the file again") from error
+    if not isinstance(value, dict):
+        raise TokenizerError(f"{path}: holds {short_repr(value)}, but must be a JSON object")
+    return value
 
 
 def read_file(path: str | os.PathLike[str]) -> bytes:

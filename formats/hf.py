@@ -24,12 +24,12 @@ from formats.source import (
     read_json,
     shape_text,
 )
+from formats.vocabulary import GENERATION
 from llama2 import ModelArgs, RopeScaling
 
 LONGEST_NAME = 255  # bytes of a file's name
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-GENERATION = "generation_config.json"
 # What a folder may hold, the best first: one file, or several and an index of them.
 LAYOUTS = ((SINGLE, INDEX), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
 

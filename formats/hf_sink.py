@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 
 import torch
 
-from formats.hf import DTYPE_NAMES, GENERATION, INDEX, ROTATED, SINGLE, HFSource, halves, hf_name
+from formats.hf import DTYPE_NAMES, INDEX, ROTATED, SINGLE, HFSource, halves, hf_name
 from formats.output import HashedFile, write_file
 from formats.sink import Option, Sink, byte_size, cast
 from formats.source import Source, read_json
-from formats.vocabulary import Vocabulary
+from formats.vocabulary import GENERATION
 from llama2 import ModelArgs
 
 # What a header and an index say of one tensor, with room to spare.
@@ -37,7 +37,7 @@ class HFSink(Sink):
     @cached_property
     def _small_files(self) -> dict[str, bytes]:
         """Everything but the weights."""
-        source, generation = self.source, _generation_config(self.vocabulary)
+        source, generation = self.source, self.vocabulary.generation_config()
         if isinstance(source, HFSource) and (path := source.files[0].with_name(GENERATION)).is_file():
             generation = read_json(path)
         config = _config(self.args, self.context_length(), self.stored_as) | {
@@ -138,14 +138,3 @@ def _config(args: ModelArgs, context_length: int, dtype: str) -> dict[str, Any]:
         "use_cache": True,
         "vocab_size": args.vocab_size,
     }
-
-
-def _generation_config(vocabulary: Vocabulary) -> dict[str, Any]:
-    """The tokens that transformers needs to know for generating."""
-    stops = list(vocabulary.stop_ids)
-    ids = {
-        "bos_token_id": vocabulary.bos_id,
-        "eos_token_id": stops[0] if len(stops) == 1 else stops or None,
-        "pad_token_id": vocabulary.pad_id,
-    }
-    return {key: value for key, value in ids.items() if value is not None}

@@ -292,8 +292,8 @@ class MegatronSink(Sink):
     def _tokenizer_files(self) -> dict[str, bytes]:
         """What Megatron's tokenizer of the model's kind reads."""
         if self.vocabulary.kind == "sentencepiece":
-            return {"tokenizer.model": self.tokenizer_model()}
-        return self.vocabulary.huggingface()
+            return {"tokenizer.model": self.tokenizer_model()} | self.vocabulary.stops_file()
+        return self.vocabulary.huggingface() | self.vocabulary.stops_file()
 
 
 def _nested(model: dict[str, Any]) -> dict[str, Any]:

@@ -58,6 +58,8 @@ class MetaSink(Sink):
         params = (json.dumps(self._params, indent=2) + "\n").encode()
         write_file(folder / "params.json", params)
         write_file(folder / "tokenizer.model", self.tokenizer_model())
+        for name, content in self.vocabulary.stops_file().items():
+            write_file(folder / name, content)
         sums = {"params.json": hashlib.md5(params, usedforsecurity=False).hexdigest()}
         shapes = {name: self._shard_of(name, shape) for name, shape in self.args.tensor_shapes().items()}
         names, entries = [f"consolidated.{number:02d}.pth" for number in range(self.shards)], {}

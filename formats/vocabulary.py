@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,8 +21,10 @@ MARKER = "\u2581"
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 FILLER = re.compile(r"\[PAD\d+\]")
 """The name of a token that stands for a row of the embedding which no text uses, as llama.cpp writes it."""
-STOP_NAMES = frozenset({"<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>"})
+LLAMA_3_STOPS = frozenset({"<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"})
+STOP_NAMES = LLAMA_3_STOPS | {"<|im_end|>"}
 """Control tokens that end an answer whatever the settings say."""
+GENERATION = "generation_config.json"
 
 # Joining is about quadratic in a token's length; by this measure Llama 3's vocabulary has less than 10 million.
 _MAX_SQUARED_LENGTHS = 1 << 25
@@ -118,12 +121,32 @@ class Vocabulary:
 
     def served_files(self) -> dict[str, bytes]:
         """What a server needs, by name: the tokenizer's own kind of file, or Hugging Face's where it cannot be that."""
-        if "tokenizer.model" not in self.originals and "tokenizer.json" in self.originals:
-            return self.huggingface()
-        try:
-            return {"tokenizer.model": self.sentencepiece() if self.kind == "sentencepiece" else self.tiktoken()}
-        except FormatError:
-            return self.huggingface()
+        if "tokenizer.model" in self.originals or "tokenizer.json" not in self.originals:
+            try:
+                model = self.sentencepiece() if self.kind == "sentencepiece" else self.tiktoken()
+                return {"tokenizer.model": model} | self.stops_file()
+            except FormatError:
+                pass
+        files = self.huggingface() | self.stops_file()
+        files.pop("tokenizer.model", None)  # says less than tokenizer.json, and would go before it
+        return files
+
+    def generation_config(self) -> dict[str, Any]:
+        """What transformers, and a server, need to know for generating: the ends of a text, and of answers."""
+        stops = list(self.stop_ids)
+        ids = {
+            "bos_token_id": self.bos_id,
+            "eos_token_id": stops[0] if len(stops) == 1 else stops or None,
+            "pad_token_id": self.pad_id,
+        }
+        return {key: value for key, value in ids.items() if value is not None}
+
+    def stops_file(self) -> dict[str, bytes]:
+        """generation_config.json, by name, where something ends an answer that is not known to by its name."""
+        named = {id for id in self.stop_ids if self.kind == "bpe" and self.tokens[id] in LLAMA_3_STOPS}
+        if set(self.stop_ids) <= named | {self.eos_id}:
+            return {}
+        return {GENERATION: (json.dumps(self.generation_config(), indent=2) + "\n").encode()}
 
     def ids_of(self, *types: TokenType) -> list[int]:
         """The ids of the tokens of these types, ascending."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from formats.source import FormatError
-from formats.vocabulary import FILLER, TokenType, Vocabulary, checked_value, is_of
+from formats.vocabulary import FILLER, STOP_NAMES, TokenType, Vocabulary, checked_value, is_of
 
 _KIND_BY_MODEL = {"llama": "sentencepiece", "gpt2": "bpe"}
 # All three mean Llama 3's way to split text, and that a token's own text is never joined from parts.
@@ -98,15 +98,18 @@ def fields_of(vocabulary: Vocabulary, rows: int | None) -> dict[str, Any]:
 
 
 def _stops(vocabulary: Vocabulary) -> dict[str, int]:
-    """Up to two more tokens that end an answer; the rest llama.cpp knows by name."""
-    by_name = {vocabulary.tokens[id]: id for id in vocabulary.stop_ids}
-    others = [id for id in vocabulary.stop_ids if id not in (vocabulary.eos_id, by_name.get("<|eom_id|>"))]
-    stops = {}
-    if others:
-        stops[_END_OF_TURN] = by_name.get("<|eot_id|>", others[0])
-    if "<|eom_id|>" in by_name:
-        stops[_END_OF_MESSAGE] = by_name["<|eom_id|>"]
-    return stops
+    """Up to two more tokens that end an answer, first those that llama.cpp does not know by name."""
+    by_name = {vocabulary.tokens[id]: id for id in vocabulary.stop_ids if id != vocabulary.eos_id}
+    unknown = [id for name, id in by_name.items() if name not in STOP_NAMES]
+    if len(unknown) > 2:
+        names = ", ".join(repr(vocabulary.tokens[id]) for id in unknown)
+        raise vocabulary.error(f"{names} end an answer; GGUF has room for two such tokens beside its end of text")
+    turn, message = by_name.get("<|eot_id|>", by_name.get("<|im_end|>")), by_name.get("<|eom_id|>")
+    if unknown and (turn is None or len(unknown) == 2):
+        turn = unknown.pop()
+    if unknown:
+        message = unknown.pop()
+    return {key: id for key, id in ((_END_OF_TURN, turn), (_END_OF_MESSAGE, message)) if id is not None}
 
 
 class _Reader:

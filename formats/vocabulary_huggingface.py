@@ -10,7 +10,7 @@ from typing import Any
 
 from formats import vocabulary_tokenizer_json
 from formats.source import FormatError, read_json
-from formats.vocabulary import FILLER, MARKER, MAX_FILE_BYTES, TokenType, Vocabulary, checked_value, is_of
+from formats.vocabulary import FILLER, GENERATION, MARKER, MAX_FILE_BYTES, TokenType, Vocabulary, checked_value, is_of
 from formats.vocabulary_merges import Pair, merges_of, orphan, ranked, splits
 from formats.vocabulary_tokenizer_json import (
     PREPEND,
@@ -23,7 +23,7 @@ from formats.vocabulary_tokenizer_json import (
 from llama3_tokenizer import SPLIT_PATTERN
 
 TOKENIZER, CONFIG, SPECIAL_MAP = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
-ADDED, TEMPLATE, GENERATION = "added_tokens.json", "chat_template.jinja", "generation_config.json"
+ADDED, TEMPLATE = "added_tokens.json", "chat_template.jinja"
 _KEPT = (TOKENIZER, CONFIG, SPECIAL_MAP, ADDED, TEMPLATE)
 
 
@@ -35,7 +35,7 @@ def read(path: Path) -> Vocabulary:
 
 def with_settings(vocabulary: Vocabulary, folder: Path) -> Vocabulary:
     """A tokenizer.model's vocabulary with what Hugging Face's files beside it say, if there are any."""
-    if not any((folder / name).is_file() for name in _KEPT):
+    if not any((folder / name).is_file() for name in (*_KEPT, GENERATION)):
         return vocabulary
     tokenizer = folder / TOKENIZER
     content = _optional(tokenizer)
@@ -101,6 +101,12 @@ def _with_settings(vocabulary: Vocabulary, content: Mapping[str, Any], folder: P
     stops = _optional(folder / GENERATION).get("eos_token_id")
     stops = stops if isinstance(stops, list) else [stops]
     changes["stop_ids"] = tuple(id for id in stops if is_of(id, int) and 0 <= id < len(ids))
+    # Tokens with a task of their own are no text, also where a file forgets to call them special.
+    tasks = {*changes["stop_ids"], *(changes.get(f"{name}_id") for name in ("bos", "eos", "pad"))}
+    changes["types"] = tuple(
+        TokenType.CONTROL if id in tasks and type is TokenType.USER_DEFINED else type
+        for id, type in enumerate(vocabulary.types)
+    )
     if content:
         kept = {name: _content(folder / name) for name in _KEPT if (folder / name).is_file()}
         changes["originals"] = {**vocabulary.originals, **kept}

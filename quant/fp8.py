@@ -23,7 +23,8 @@ class Fp8(Scheme):
     def quantize(self, weight: Tensor) -> Quantized:
         weight = weight.float()
         scales = weight.abs().amax(1) / torch.finfo(self.dtype).max
-        inverse = torch.where(scales > 0, 1.0 / scales, 0.0)
+        # A row that is all but zero becomes zero: of what is smaller there is no inverse.
+        inverse = torch.where(scales >= torch.finfo(torch.float32).tiny, 1.0 / scales, 0.0)
         return Quantized(self, (weight * inverse[:, None]).to(self.dtype), scales)
 
     def dequantize(self, numbers: Tensor, scales: Tensor) -> Tensor:

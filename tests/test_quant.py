@@ -35,6 +35,20 @@ def test_zeros_stay_zeros_and_what_is_quantized_already_stays_as_it_is(name: str
     assert torch.allclose(once, twice, rtol=2e-3, atol=0)
 
 
+SIZES = [(name, size) for name in SCHEMES for size in (1e-40, 1e-36, 1e-30)]
+SIZES += [("int8", 1e30), ("fp8", 1e30)]  # int4's scales are 16 bits wide, as GGUF's
+
+
+@pytest.mark.parametrize(("name", "size"), SIZES)
+def test_rows_of_any_size_stay_numbers(name: str, size: float) -> None:
+    weight = WEIGHT.clone()
+    weight[5] = 0.0
+    weight[5, 7] = size
+    back = SCHEMES[name].quantize(weight).dequantize()
+    assert back.isfinite().all() and abs(back[5, 7] - size) <= size
+    assert (back[5, :7] == 0).all()
+
+
 def test_int4_chooses_the_numbers_and_scales_of_q4_0() -> None:
     ours = SCHEMES["int4"].quantize(WEIGHT)
     blocks = gguf.quants.quantize(WEIGHT.numpy(), gguf.GGMLQuantizationType.Q4_0).reshape(24, 12, 18)
