@@ -283,8 +283,11 @@ def test_what_finished_is_counted_and_timed(frontend: FakeFrontend) -> None:
     told = {(name, *labels[1:]): value for name, value, labels in frontend.metrics.told}
     assert told[("llama_requests_total", "ok")] == 1 and told[("llama_requests_total", "http_400")] == 1
     assert told[("llama_generation_tokens_total",)] > 5
-    for name in ("time_to_first_token", "inter_token_latency", "e2e_latency", "prefill", "queue"):
-        assert told[(f"llama_{name}_seconds",)] >= 0
+    names = ("queue", "prefill", "time_to_first_token", "inter_token_latency", "e2e_latency")
+    queue, prefill, first, between, whole = (told[(f"llama_{name}_seconds",)] for name in names)
+    assert queue + prefill == pytest.approx(first, abs=1e-6) and 0 < prefill <= first < whole < 60
+    steps = told[("llama_generation_tokens_total",)] - 1
+    assert 0 < between and first + steps * between <= whole
 
 
 def test_a_request_past_its_deadline_ends_with_an_error(checkpoint: Path, tmp_path: Path, monkeypatch) -> None:
