@@ -118,7 +118,7 @@ class Scheduler:
         self._clears_unfinished = clears_unfinished
         self._last: tuple[int, int, bool] = (0, 0, True)
         self._crowd: Sequence | None = None  # the last of those whose prompts go before everything else
-        self._scrub: list[tuple[int, int]] = []
+        self._scrub: dict[int, int] = {}  # slots and from where on; a plan has room for each slot once
         self._copies: list[Copy] = []
 
     def add(self, sequence: Sequence) -> None:
@@ -152,7 +152,7 @@ class Scheduler:
             chosen.append((sequence, self._segment(sequence, 1, draft)))
         if not chosen:
             return None
-        scrub, self._scrub = tuple(self._scrub), []
+        scrub, self._scrub = tuple(self._scrub.items()), {}
         copies, self._copies = tuple(self._copies), []
         # A one-token prompt is a single too, and the cache wants those in front, by slot.
         chosen.sort(key=lambda pair: (len(pair[1].tokens) > 1, pair[1].slot))
@@ -191,7 +191,7 @@ class Scheduler:
 
     def scrub(self, slot: int, start: int = 0) -> None:
         """Have a slot cleared before the next step: what is not finite in it could leak into what comes there."""
-        self._scrub.append((slot, start))
+        self._scrub[slot] = min(start, self._scrub.get(slot, start))
 
     def clear(self, slot: int) -> None:
         """Leave nothing of what a slot holds to others."""

@@ -330,6 +330,15 @@ def test_large_activations_and_long_rows_do_not_overflow_whole_numbers() -> None
     assert difference(runner.run(plan), expected) <= 1e-2
 
 
+def test_tiny_activations_become_nothing_but_no_large_numbers() -> None:
+    weights = weights_of(TINY, torch.float32)
+    weights["norm.weight"] = weights["norm.weight"] * 1e-37
+    plan = StepPlan((Segment(0, 0, (1, 2, 3), 3),))
+    expected = Runner(model_of(TINY, weights), limits(), "cpu", 1).run(plan).clone()
+    found = CpuRunner(model_of(TINY, weights), limits(quantization="int8")).run(plan)
+    assert 0 < expected.abs().max() < 1e-35 and (found - expected).abs().max() <= 1.01 * expected.abs().max()
+
+
 # --- where the kernels cannot be had ---
 
 
@@ -426,6 +435,9 @@ def test_the_smallest_noise_and_numbers_that_are_none_draw_a_token() -> None:
     logits = torch.full((1, 96), -30.0)
     logits[0, [3, 7, 50]] = torch.tensor([3.0, 2.0, 0.1])
     assert runner.choose_tokens(logits, [sequence]) == [50]
+    few = Sequence([1], SamplingParams(temperature=1.0, top_p=0.1))  # 0.1 in 32 bits is a little more
+    equal = torch.zeros(50, 100)
+    assert set(runner.choose_tokens(equal, [few] * 50)) <= set(range(10))
     for wrong in (math.inf, math.nan):
         logits[0, 5] = wrong
         assert 0 <= runner.choose_tokens(logits, [sequence])[0] < 96

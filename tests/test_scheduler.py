@@ -143,6 +143,14 @@ def test_a_plan_travels_as_numbers() -> None:
     assert StepPlan.from_numbers(numbers + [0] * 9) == plan
 
 
+def test_a_slot_is_cleared_once_and_from_the_first_position_that_was_asked() -> None:
+    s = scheduler()
+    for slot, start in ((1, 5), (1, 0), (1, 9), (0, 3)):
+        s.scrub(slot, start)
+    add(s, 2)
+    assert s.next()[0].scrub == ((1, 0), (0, 3)) and s.next()[0].scrub == ()
+
+
 def test_the_largest_plan_fits_its_buffer() -> None:
     slots, budget = 3, 8
     plan = StepPlan(

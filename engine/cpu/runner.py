@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from collections.abc import Sequence as Ordered
-from ctypes import Structure, c_float, c_int32, c_int64, c_void_p
+from ctypes import Structure, c_double, c_float, c_int32, c_int64, c_void_p
 
 import torch
 import torch.distributed as dist
@@ -80,7 +80,8 @@ class _Step(Structure):
 
 class _Draw(Structure):
     _fields_ = [
-        *((name, c_float) for name in ("temperature", "top_p", "min_p")),
+        ("top_p", c_double),
+        *((name, c_float) for name in ("temperature", "min_p")),
         ("top_k", c_int32),
         ("key", c_int64),
     ]

@@ -11,8 +11,8 @@
 #include "attention.h"
 
 struct Draw {
+    double top_p;
     float temperature;  // 0 takes the likeliest
-    float top_p;
     float min_p;
     int32_t top_k;      // 0 keeps all
     int64_t key;
@@ -36,7 +36,7 @@ class Sampler {
             if (logits[i] > most) most = logits[i], likeliest = i;
         if (options.temperature <= 0.0f || !std::isfinite(most)) return likeliest;
         weigh(logits, count, most, std::max(options.temperature, 1e-6f));
-        if (options.top_k > 0 || options.top_p < 1.0f) cut(count, options);
+        if (options.top_k > 0 || options.top_p < 1.0) cut(count, options);
         const float floor = options.min_p;  // the largest weight is 1
         // The likeliest goes first: most others then lose without a logarithm, as -log(u) is at least 1 - u.
         int64_t best = likeliest;
@@ -71,7 +71,7 @@ class Sampler {
     void cut(int64_t count, const Draw& options) {
         double target = INFINITY;
         if (options.top_k > 0 && options.top_k < count) limit(count, options.top_k, target);
-        if (options.top_p < 1.0f) {
+        if (options.top_p < 1.0) {
             double total = 0.0;
             for (int64_t i = 0; i < count; i++) total += weights_[i];
             limit(count, count, total * options.top_p);

@@ -180,7 +180,8 @@ static void narrow_activations(const Activations& a, int64_t token, int64_t colu
             most = larger(magnitude(v), most);
             none = fused(v, zeros(), none);  // zero, unless something is no number or infinite
         }
-        const float magnitude = largest_of(most);
+        const float largest = largest_of(most);
+        const float magnitude = largest > 4e-37f ? largest : 0.0f;  // below, the factor would be infinite
         const Floats factor = all(magnitude > 0 ? 127.0f / magnitude : 0.0f);
         __m256i sums = _mm256_setzero_si256();
         for (int64_t i = 0; i < EACH; i += LANES) narrow_sixteen<KIND>(q + i, load(x + i) * factor, sums);
