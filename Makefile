@@ -86,5 +86,7 @@ demo-model: install  ## train the demo model again (about 45 minutes on one core
 	$(BIN)/python demo/train.py --out demo/model
 
 .PHONY: clean
-clean: stop  ## end the server and remove build/, with all that was converted there
+clean:  ## end the server and remove build/, with all that was converted there
+	@test -z "$(BUILD)" || { echo "clean removes build/; make stop BUILD=$(BUILD), and remove that folder yourself"; exit 1; }
+	@$(MAKE) --no-print-directory stop
 	rm -rf build

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -59,8 +60,11 @@ class Options:
             raise ConfigError(f"DEVICE is {self.device!r}; allowed: {', '.join(DEVICES)}")
         if not isinstance(self.token_auth, bool):
             raise ConfigError(f"TOKEN_AUTH is {self.token_auth!r}; it must be true or false")
-        if self.nodes is not None and self.nodes > 1 and not re.fullmatch(r"[A-Za-z0-9.-]+:\d+", self.master or ""):
+        if self.nodes is not None and self.nodes > 1 and not self.master:
             raise ConfigError(f"NODES={self.nodes} needs MASTER=ADDRESS:PORT, this machine's on the private network")
+        place = re.fullmatch(r"[A-Za-z0-9.-]+:(\d{1,5})", self.master or "none:1")
+        if not place or not 1 <= int(place[1]) <= 65535:
+            raise ConfigError(f"MASTER is {self.master!r}; it must be ADDRESS:PORT, such as 10.0.0.1:29500")
         if not re.fullmatch(r"[A-Za-z0-9.-]+", self.host):
             raise ConfigError(f"HOST is {self.host!r}; it must be an address or a name of this machine")
 
@@ -146,6 +150,8 @@ def plan_model(options: Options) -> Plan:
     if options.nodes is not None:
         torchrun["nnodes"] = options.nodes
     if options.master is not None:
+        if torchrun.get("nnodes", 1) == 1:
+            raise ConfigError(f"MASTER={options.master} needs NODES=N, how many machines there are")
         torchrun.update({"rdzv-backend": "static", "rdzv-endpoint": options.master})
     model_config.setdefault("parallelType", "tp")
     checkpoint, given = options.checkpoint, handler.get("converted_ckpt_dir", DEMO)
@@ -223,6 +229,7 @@ def replace_properties(text: str, changes: Mapping[str, str]) -> str:
     left, lines = dict(changes), []
     for line in text.splitlines():
         key, equals, _ = line.partition("=")
-        lines.append(f"{key}={left.pop(key)}" if equals and key in left else line)
+        # As Java reads it, which is Latin-1 with escapes.
+        lines.append(f"{key}={json.dumps(left.pop(key))[1:-1]}" if equals and key in left else line)
     assert not left, f"config.properties has no {', '.join(left)}"
     return "\n".join(lines) + "\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -71,12 +72,14 @@ def _tell(processes: list[psutil.Process], number: int) -> None:
 
 
 def port_is_free(host: str, port: int) -> bool:
-    """Whether a server can listen there."""
+    """Whether a server can listen there; OSError if none ever could, such as on an address of another machine."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
-        except OSError:
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
             return False
     return True
 

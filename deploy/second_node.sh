@@ -19,9 +19,10 @@
 #
 # Rendezvous and gloo know no passwords and unpickle what they are sent: the network must be theirs alone.
 set -u
+config=$(realpath "${1:?usage: deploy/second_node.sh MODEL_CONFIG [CHECKPOINT]}")
+checkpoint=${2:+$(realpath "$2")}
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
-config=${1:?usage: deploy/second_node.sh MODEL_CONFIG [CHECKPOINT]}
 
 flags=$("$python" -m deploy.follow --torchrun "$config") || exit 2
 running=
@@ -29,7 +30,7 @@ trap 'trap - TERM INT; [ -n "$running" ] && kill -TERM "$running" 2>/dev/null; w
 while true; do
   # shellcheck disable=SC2086  # the flags are words
   "$python" -m torch.distributed.run $flags --node-rank "${NODE_RANK:-1}" --rdzv-id "${RDZV_ID:-llama_29500}" \
-    --max-restarts 0 -m deploy.follow "$@" &
+    --max-restarts 0 -m deploy.follow "$config" ${checkpoint:+"$checkpoint"} &
   running=$!
   wait "$running"
   echo "$(date '+%F %T') the ranks ended; joining again" >&2

@@ -28,6 +28,7 @@ from engine.config import ConfigError
 
 MODEL = "llama"
 COPIED = ("log4j2.xml", "metrics.yaml")
+LONGEST_TMPDIR = 70
 STATE = "server.json"
 ANSWER_S = 60.0
 READY = "READY"
@@ -82,8 +83,10 @@ class Record:
             return None
 
     def write(self, folder: Path) -> None:
-        """Remember it."""
-        (folder / STATE).write_text(json.dumps(asdict(self), indent=2) + "\n")
+        """Remember it, wholly or not at all."""
+        partial = folder / f".{STATE}"
+        partial.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        partial.replace(folder / STATE)
 
     @property
     def alive(self) -> bool:
@@ -129,7 +132,11 @@ def check_ports(plan: Plan) -> None:
     first = plan.options.port
     for port in range(first, first + PORTS):
         host = plan.options.host if port == first else "127.0.0.1"
-        if not processes.port_is_free(host, port):
+        try:
+            free = processes.port_is_free(host, port)
+        except OSError as error:
+            raise ConfigError(f"{host}:{port} is no place to listen on: {error.strerror or error}") from None
+        if not free:
             raise ConfigError(
                 f"port {port} is taken by {processes.listener(port)}; end it, or choose others: make serve PORT=N "
                 f"(N to N+{PORTS - 1} are used: requests, management, metrics, and two for gRPC)"
@@ -171,11 +178,14 @@ def launch(plan: Plan, java: Java, mark_of: str) -> Record:
         token_auth=options.token_auth,
         ranks=plan.ranks,
         checkpoint=str(plan.checkpoint),
-        # Short, because the path of a unix socket has some 100 characters at most.
-        scratch=tempfile.mkdtemp(prefix="llama-"),
+        scratch=_scratch(),
         started=time.time(),
     )
-    record.write(folder)  # before the start, so that `stop` finds whatever comes of it
+    try:
+        record.write(folder)  # before the start, so that `stop` finds whatever comes of it
+    except OSError:
+        shutil.rmtree(record.scratch, ignore_errors=True)
+        raise
     nodes = plan.model_config["torchrun"].get("nnodes", 1)
     command = [str(Path(sys.executable).parent / "torchserve"), "--start", "--no-config-snapshots"]
     command += ["--ts-config", str(folder / "config.properties"), "--log-config", str(folder / "log4j2.xml")]
@@ -192,6 +202,12 @@ def launch(plan: Plan, java: Java, mark_of: str) -> Record:
             check=False,
         )
     return record
+
+
+def _scratch() -> str:
+    """A folder for sockets, in /tmp where TMPDIR is too long: a socket's path has some 100 characters at most."""
+    short = len(tempfile.gettempdir()) <= LONGEST_TMPDIR
+    return tempfile.mkdtemp(prefix="llama-", dir=None if short else "/tmp")
 
 
 def wait(record: Record, folder: Path, timeout_s: float, show: Callable[[str], None]) -> None:
@@ -273,6 +289,7 @@ def reason(folder: Path) -> str | None:
     if own:
         return own[-1].strip()
     raised = re.findall(r"^.*?\s((?:\w+\.)*\w*(?:Error|Exception|Interrupt|Exit): .*)$", model, re.MULTILINE)
+    raised = [line for line in raised if "ChildFailedError" not in line]  # torchrun's, of a rank that said why
     if raised:
         return raised[-1].strip()
     console = _tail(folder / "logs" / "console.log")

@@ -150,10 +150,18 @@ def test_the_machine_is_measured_with_and_without_a_compiler(monkeypatch):
     assert str(without).startswith(without.name)
 
 
-@pytest.mark.parametrize(("took_s", "side"), [(0.001, 64), (0.01, 8)])
-def test_a_product_that_would_take_long_is_measured_on_smaller_matrices(monkeypatch, took_s, side):
-    monkeypatch.setattr(bench_machine, "_seconds", lambda work, device="cpu": took_s)
-    assert bench_machine._product_rates(torch.float32, 2, 64) == [2 * side**3 / took_s] * 2
+@pytest.mark.parametrize(
+    ("times", "best"),
+    [
+        ((0.01, 0.01, 0.01, 0.01), 2 * 64**3 / 0.01),  # the small ones waited for their threads
+        ((0.1, 0.7, 9, 9), 2 * 16**3 / 0.7),
+        ((0.1, 0.1, 0.7, 9), 2 * 32**3 / 0.7),
+    ],
+)
+def test_a_product_that_would_take_long_is_measured_on_smaller_matrices(monkeypatch, times, best):
+    took = iter(times)
+    monkeypatch.setattr(bench_machine, "_seconds", lambda work, device="cpu": next(took))
+    assert bench_machine._product_rate(torch.float32, 1, 64) == pytest.approx(best)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda:0"])

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
+
 import pytest
 
-from command_line import Parser
+from command_line import Parser, interrupts
 
 
 def parser() -> Parser:
@@ -37,3 +41,19 @@ def test_what_is_wrong_is_said_in_one_line(capsys, words, said):
         parser().parse_args(words)
     assert ended.value.code == 2
     assert capsys.readouterr().err == f"tool: error: {said} (see --help)\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_comes_once_and_leaves_the_cleaning_up_in_peace(number):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    cleaned = []
+    with pytest.raises(KeyboardInterrupt), interrupts():
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(5)
+        finally:
+            for again in (signal.SIGINT, signal.SIGTERM):
+                os.kill(os.getpid(), again)
+            cleaned.append(True)
+    assert cleaned == [True]
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before

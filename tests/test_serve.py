@@ -187,6 +187,8 @@ def test_words_become_options_in_any_case_with_yaml_values() -> None:
         ("TOKEN_AUTH=maybe", "true or false"),
         ("HOST=http://x", "HOST is 'http://x'"),
         ("NODES=2", "MASTER=ADDRESS:PORT"),
+        ("MASTER=foo", "MASTER is 'foo'; it must be ADDRESS:PORT"),
+        ("MASTER=10.0.0.1:99999", "MASTER is '10.0.0.1:99999'"),
         ("CONVERTED_CKPT_DIR=/data/7b", "converted_ckpt_dir follows from CHECKPOINT=DIR"),
         ("deviceType=gpu", "deviceType follows from DEVICE="),
         ("parallelType=pp", "parallelType follows from TP=N"),
@@ -236,6 +238,8 @@ def test_settings_are_refused_before_anything_is_converted(planned, monkeypatch:
         planned("max_seq_len=long")
     with pytest.raises(ConfigError, match="torchrun is 'abc'; it must be a section"):
         planned("torchrun=abc")
+    with pytest.raises(ConfigError, match="MASTER=10.0.0.1:29500 needs NODES=N"):
+        planned("MASTER=10.0.0.1:29500")
 
 
 def test_a_description_of_the_model_is_compared_with_what_was_converted(planned, tmp_path: Path) -> None:
@@ -299,6 +303,14 @@ def test_a_property_that_the_file_does_not_have_is_a_defect() -> None:
     assert replace_properties("# a\na=1\nb=2", {"a": "3"}) == "# a\na=3\nb=2\n"
     with pytest.raises(AssertionError, match="has no c"):
         replace_properties("a=1", {"c": "3"})
+    # Java reads Latin-1, and takes a backslash for the beginning of an escape.
+    assert replace_properties("a=1", {"a": "b\\ü 😀"}) == "a=b\\\\\\u00fc \\ud83d\\ude00\n"
+
+
+def test_a_place_that_cannot_be_listened_on_is_not_said_to_be_taken(planned) -> None:
+    for host in ("nosuchhost.invalid", "192.0.2.1"):
+        with pytest.raises(ConfigError, match=f"{host}:9000 is no place to listen on"):
+            server.check_ports(planned("PORT=9000", f"HOST={host}"))
 
 
 def test_every_metric_that_is_emitted_is_declared_with_its_type() -> None:
@@ -380,7 +392,8 @@ LOGS = {
     ),
     "the last exception": (
         "2026-11-21T06:58:14,322 INFO  Traceback (most recent call last):\n"
-        "2026-11-21T06:58:14,327 INFO  ModuleNotFoundError: No module named 'sentencepiece'\n",
+        "2026-11-21T06:58:14,327 INFO  ModuleNotFoundError: No module named 'sentencepiece'\n"
+        "2026-11-21T06:58:15,001 INFO  torch.distributed.elastic.multiprocessing.errors.ChildFailedError: \n",
         "ModuleNotFoundError: No module named 'sentencepiece'",
     ),
     "no reason at all": ("2026-11-21T06:58:14,322 INFO  Torch worker started.\n", "the worker ended while it loaded"),

@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
         path = plan.write_model_config()
         for archive_format in ("default", "no-archive"):
             print(archive(path, plan.options.build, archive_format))
-    except ConfigError as error:
+    except (ConfigError, OSError) as error:
         print(f"archive: error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -20,7 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from command_line import Parser
+from command_line import Parser, interrupts
 from engine.config import DEVICES, KERNELS, ConfigError
 from engine.parallel import Launch, choose_device
 from tools.bench_engine import WEIGHTS, EngineBench, costs, model_args, random_engine, settings
@@ -109,16 +109,17 @@ def bench_service(flags: argparse.Namespace, machine: Machine) -> Row:
 
 
 def _service_rows(bench: ServiceBench, flags: argparse.Namespace) -> Iterator[Row]:
+    most = 0.0
     for streams in flags.streams:
         row = {"load": f"{streams} stream{'s' if streams > 1 else ''}", "kind": "closed"} | bench.closed(
             streams, max(streams, flags.requests // 2)
         )
+        most = max(most, row["requests_per_s"])
         yield row
-    most = row["requests_per_s"]
     rates = flags.rate or [round(share * most, 3) for share in LOADS]
     for rate in rates:
         yield {"load": f"Poisson, {rate:g}/s", "kind": "open"} | bench.open(rate, flags.requests)
-    streams = flags.streams[-1]
+    streams = max(flags.streams)
     yield {"load": f"{streams} at once, 256 shared", "kind": "shared"} | bench.shared(streams, 256)
 
 
@@ -162,6 +163,11 @@ def pictures(results: Row) -> Iterator[Path]:
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     flags = _parse(argv)
+    with interrupts():
+        return _run(flags)
+
+
+def _run(flags: argparse.Namespace) -> int:
     try:
         device = choose_device(flags.device, Launch())
         machine = measure_machine(flags.threads) if device == "cpu" else measure_gpu(device, flags.threads)
@@ -211,6 +217,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     flags = parser.parse_args(argv)
     if unknown := set(flags.parts) - {"engine", "service"}:
         parser.error(f"{min(unknown)!r} is no part; allowed: engine, service")
+    if flags.quick and "service" in flags.parts:
+        parser.error("--quick measures the engine only; leave service out, or --quick")
     if flags.requests < 1:
         parser.error(f"--requests is {flags.requests}; it must be at least 1")
     check_threads(parser, flags)

@@ -23,7 +23,7 @@ PACKAGES = ("torch", "numpy", "transformers", "torchserve")
 # Many times the last-level cache of any machine, so that all of it comes from memory.
 READ_BYTES, GPU_READ_BYTES = 1 << 30, 1 << 32
 PRODUCT_SIDE, GPU_PRODUCT_SIDE = 2048, 8192
-SLOW_S = 5.0  # a product that takes longer is measured on smaller matrices
+SLOW_S = 5.0  # what takes longer is measured on smaller matrices
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # Eight independent sums of a 64-byte line each, which is enough loads in flight for one core's share of the bandwidth.
@@ -98,7 +98,7 @@ def measure_machine(threads: int, rounds: int = 5, read_bytes: int = READ_BYTES,
     torch.set_num_threads(threads)
     try:
         ways = {name: max(rates) for name, rates in _read_rates(threads, rounds, read_bytes).items()}
-        products = {name: max(_product_rates(dtype, rounds, side)) for name, dtype in DTYPES.items()}
+        products = {name: _product_rate(dtype, rounds, side) for name, dtype in DTYPES.items()}
     finally:
         torch.set_num_threads(before)
     cores = len(os.sched_getaffinity(0))
@@ -116,7 +116,7 @@ def measure_gpu(
         "copy": lambda: numbers[: len(numbers) // 2].copy_(numbers[len(numbers) // 2 :]),
     }
     ways = {name: read_bytes / min(_seconds(move, device) for _ in range(rounds + 1)) for name, move in moves.items()}
-    products = {name: max(_product_rates(dtype, rounds, side, device)) for name, dtype in DTYPES.items()}
+    products = {name: _product_rate(dtype, rounds, side, device) for name, dtype in DTYPES.items()}
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else cpu_name()
     cores = len(os.sched_getaffinity(0))
     return Machine(name, cores, threads, max(ways.values()), ways, products, load, versions(), commit_of(PROJECT))
@@ -133,18 +133,21 @@ def _read_rates(threads: int, rounds: int, size: int) -> dict[str, list[float]]:
     return {name: [aligned.nbytes / _seconds(read) for _ in range(rounds)] for name, read in ways.items()}
 
 
-def _product_rates(dtype: torch.dtype, rounds: int, side: int, device: str = "cpu") -> list[float]:
-    def seconds(side: int) -> list[float]:
-        left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-        left @ right
-        return [_seconds(lambda: left @ right, device) for _ in range(rounds)]
+def _product_rate(dtype: torch.dtype, rounds: int, side: int, device: str = "cpu") -> float:
+    """The best rate of products of ever larger matrices, up to `side`, while they do not take too long.
 
-    small = side // 8
-    quick = seconds(small)
-    # Some CPUs have no instructions for a dtype, and a large product takes them half a minute.
-    if min(quick) * 8**3 > SLOW_S:
-        return [2 * small**3 / took for took in quick]
-    return [2 * side**3 / took for took in seconds(side)]
+    Some CPUs have no instructions for a dtype, and a large product takes them half a minute. A small one may only have
+    waited for its threads.
+    """
+    best = 0.0
+    for size in (side // 8, side // 4, side // 2, side):
+        left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        left @ right
+        took = min(_seconds(lambda left=left, right=right: left @ right, device) for _ in range(rounds))
+        best = max(best, 2 * size**3 / took)
+        if took * 2**3 > SLOW_S:
+            break
+    return best
 
 
 def _seconds(work: Callable[[], object], device: str = "cpu") -> float:

@@ -23,7 +23,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from command_line import Parser
+from command_line import Parser, interrupts
 from engine.config import ConfigError
 from engine.loader import available_memory
 from tools import peers
@@ -253,11 +253,12 @@ def main(argv: list[str] | None = None) -> int:
     flags, status = _parse(argv), 0
     comparison, machine = Comparison(flags), None
     try:
-        machine = measure_machine(flags.threads)
-        print(f"{machine}\n", flush=True)
-        comparison.engines(machine)
-        if "http" in flags.parts:
-            comparison.services()
+        with interrupts():
+            machine = measure_machine(flags.threads)
+            print(f"{machine}\n", flush=True)
+            comparison.engines(machine)
+            if "http" in flags.parts:
+                comparison.services()
     except (ConfigError, LoadError, TransformersError, peers.PeerError) as error:
         print(f"bench_peers: error: {error}", file=sys.stderr)
         status = 1

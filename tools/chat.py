@@ -736,7 +736,11 @@ class Repl:
 
     def _do_retry(self, _: str) -> None:
         settings = self.chat.settings
-        if self.chat.unanswered is None and (settings.seed is not None or settings.temperature == 0):
+        if (
+            self.chat.unanswered is None
+            and self.chat.dialog
+            and (settings.seed is not None or settings.temperature == 0)
+        ):
             why = "at temperature 0" if settings.temperature == 0 else f"with seed {settings.seed}"
             self.note(f"{why} the answer will be the same")
         self._show(self.chat.retry())

@@ -18,7 +18,6 @@ import json
 import math
 import os
 import shutil
-import signal
 import site
 import subprocess
 import sys
@@ -29,7 +28,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from command_line import Parser
+from command_line import Parser, interrupts
 from demo.tasks.write import FOLDER as TASKS
 from demo.tasks.write import PROMPTED, WHOLE_TEXTS
 from deploy.server import MODEL
@@ -272,5 +271,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that the server ends, too
-    sys.exit(main())
+    try:
+        with interrupts():  # so that the server ends, too
+            sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("parity: interrupted")

@@ -7,15 +7,11 @@ from __future__ import annotations
 
 import os
 import shlex
-import signal
 import sys
-import threading
 import time
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
 
-from command_line import Parser
+from command_line import Parser, interrupts
 from deploy import processes, server
 from deploy.configuration import DEFAULT_PORT, Options, plan_model
 from deploy.java import find_java
@@ -135,34 +131,31 @@ def status(options: Options) -> int:
     return 0 if good else 1
 
 
-def _terminate_as_interrupt() -> None:
-    """A `make serve` that is told to end cleans up, as with Ctrl-C."""
-
-    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, interrupt)
-
-
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
     parser = Parser(prog="python -m tools.serve", description="Serve the model with TorchServe.")
     parser.add_argument("command", choices=("start", "stop", "status"))
     Options.add_arguments(parser)
     flags = parser.parse_args(argv)
-    _terminate_as_interrupt()
+    with interrupts():
+        return _run(flags.command, flags.words)
+
+
+def _run(command: str, words: list[str]) -> int:
+    options = Options()
     try:
-        options = Options.from_words(flags.words)
-        if flags.command == "status":
+        options = Options.from_words(words)
+        if command == "status":
             return status(options)
         with server.only_one(options.build / "serve"):
-            return start(options) if flags.command == "start" else stop(options)
-    except ConfigError as error:
+            return start(options) if command == "start" else stop(options)
+    except (ConfigError, OSError) as error:
         print(f"serve: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; nothing was left running", file=sys.stderr)
+        record = server.Record.read(options.build / "serve")
+        left = f"the server at {record.url} still runs" if record is not None and record.alive else "no server runs"
+        print(f"interrupted; {left}", file=sys.stderr)
         return 130
 
 

@@ -31,13 +31,14 @@ from pathlib import Path
 import psutil
 import torch
 
-from command_line import Parser
+from command_line import Parser, interrupts
 from deploy import processes
 from deploy.server import Record
 
 PROJECT = Path(__file__).resolve().parent.parent
 MODEL_PATH = "/predictions/llama"
 HUNG_S = 60.0
+MEMORY_EVERY = 50  # requests
 STORY = {"prompt": "Once upon a time", "ignore_eos": True, "temperature": 0.8, "seed": 1}
 
 
@@ -47,9 +48,17 @@ class Server:
     def __init__(self, folder: Path, *words: str) -> None:
         self.build, self.port = folder, free_ports()
         command = [sys.executable, "-m", "tools.serve", "start", f"PORT={self.port}", f"BUILD={folder}", *words]
-        ended = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
-        if ended.returncode:
-            raise SystemExit(f"stress: the server did not start:\n{ended.stdout}{ended.stderr}")
+        with subprocess.Popen(
+            command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as start:
+            try:
+                said, _ = start.communicate()
+            except BaseException:
+                start.terminate()  # it ends what it started
+                start.wait()
+                raise
+        if start.returncode:
+            raise SystemExit(f"stress: the server did not start:\n{said}")
         self.mark = Record.read(folder / "serve").mark
 
     @property
@@ -202,7 +211,7 @@ def leave(flags: argparse.Namespace) -> bool:
                 outcomes[answer.outcome] += 1
                 if answer.hung:
                     print(f"hung: request {answer.request_id} {body} {answer.text[-200:]!r}")
-                if number % 50 == 49:
+                if number % MEMORY_EVERY == MEMORY_EVERY - 1:
                     memory.append((number + 1, sum(each.memory_info().rss for each in running.ranks)))
 
         async def all_clients() -> None:
@@ -420,8 +429,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tp", type=int, default=1, help="ranks (default: 1; kill always takes 2)")
     parser.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args(argv)
+    if flags.rounds < 1 or flags.tp < 1 or flags.requests < MEMORY_EVERY:
+        parser.error(f"--rounds and --tp are at least 1, --requests at least {MEMORY_EVERY}")
     kinds = {"leave": leave, "overload": overload, "kill": kill, "overhead": overhead}
-    good = kinds[flags.kind](flags)
+    try:
+        with interrupts():
+            good = kinds[flags.kind](flags)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     print("as it should be" if good else "NOT as it should be")
     return 0 if good else 1
 
