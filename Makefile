@@ -87,6 +87,6 @@ demo-model: install  ## train the demo model again (about 45 minutes on one core
 
 .PHONY: clean
 clean:  ## end the server and remove build/, with all that was converted there
-	@test -z "$(BUILD)" || { echo "clean removes build/; make stop BUILD=$(BUILD), and remove that folder yourself"; exit 1; }
+	@test -z "$(if $(filter command,$(firstword $(origin BUILD))),said)" || { echo "clean removes build/; make stop BUILD=$(BUILD), and remove that folder yourself"; exit 1; }
 	@$(MAKE) --no-print-directory stop
 	rm -rf build

@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
     if threading.current_thread() is threading.main_thread():
         handlers = {each: signal.signal(each, _interrupt) for each in (signal.SIGINT, signal.SIGTERM)}
     try:
-        said = _run(argv, lambda text: print(f"{PROGRAM}: warning: {text}", file=sys.stderr))
+        said, status = _run(argv, lambda text: print(f"{PROGRAM}: warning: {text}", file=sys.stderr)), 0
     except (FormatError, ConfigError, ConversionError, OutputError) as error:
         message, status = str(error), 1
     except OSError as error:
@@ -148,11 +148,11 @@ def main(argv: list[str] | None = None) -> int:
     except _Interrupted as error:
         message = f"stopped by {signal.Signals(error.args[0]).name}; nothing was changed"
         status = 128 + error.args[0]
-    else:
-        return _say(said)
     finally:
         for each, handler in handlers.items():
             signal.signal(each, handler)
+    if status == 0:
+        return _say(said)
     print(f"{PROGRAM}: error: {message}", file=sys.stderr)
     return status
 

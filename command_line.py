@@ -33,15 +33,19 @@ class Parser(argparse.ArgumentParser):
 
     def _respelt(self, word: str) -> str:
         name, equals, value = word.partition("=")
-        for other in (name.replace("_", "-"), "--" + name[2:].replace("-", "_")):
-            if name not in self._option_string_actions and other in self._option_string_actions:
-                return other + equals + value
+        if word.startswith("--") and name not in self._option_string_actions:
+            for other in (name.replace("_", "-"), "--" + name[2:].replace("-", "_")):
+                if other in self._option_string_actions:
+                    return other + equals + value
         return word
 
 
 @contextlib.contextmanager
 def interrupts() -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM raise KeyboardInterrupt once; what is cleaned up after that is left in peace."""
+    """Let Ctrl-C and SIGTERM raise KeyboardInterrupt once; what is cleaned up after that is left in peace.
+
+    A signal that is ignored, as Ctrl-C is in a shell's background, stays so.
+    """
 
     def interrupt(number: int, frame: FrameType | None) -> NoReturn:
         for each in (signal.SIGINT, signal.SIGTERM):
@@ -50,7 +54,8 @@ def interrupts() -> Iterator[None]:
 
     before = {}
     if threading.current_thread() is threading.main_thread():
-        before = {each: signal.signal(each, interrupt) for each in (signal.SIGINT, signal.SIGTERM)}
+        heard = [each for each in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(each) is not signal.SIG_IGN]
+        before = {each: signal.signal(each, interrupt) for each in heard}
     try:
         yield
     finally:

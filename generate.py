@@ -50,7 +50,7 @@ class Request:
     prompt: str | list[int] | None = None
     dialog: list[dict[str, str]] | None = None
     params: SamplingParams = field(default_factory=SamplingParams)
-    stop: tuple[str, ...] = ()
+    stop: Ordered[str] = ()
     where: str = ""  # where it was read, which is said of what is wrong with it
 
     def __post_init__(self) -> None:
@@ -58,11 +58,8 @@ class Request:
             raise RequestError("a request needs either 'prompt' or 'dialog'", "prompt")
         if not isinstance(self.prompt, str | list | tuple | None):
             raise RequestError("prompt must be a text or a list of token ids", "prompt")
-        if (
-            not isinstance(self.stop, tuple)
-            or len(self.stop) > MAX_STOP_STRINGS
-            or not all(isinstance(text, str) and text for text in self.stop)
-        ):
+        stop = self.stop if isinstance(self.stop, list | tuple) else [None]
+        if len(stop) > MAX_STOP_STRINGS or not all(isinstance(text, str) and text for text in stop):
             raise RequestError(f"stop must be at most {MAX_STOP_STRINGS} strings, none of them empty", "stop")
 
 
@@ -258,8 +255,7 @@ def request_from(
         if mode == "chat" and isinstance(prompt, str) and dialog is None:
             dialog = [{"role": "system", "content": system}] if system else []
             prompt, dialog = None, [*dialog, {"role": "user", "content": prompt}]
-        stop = (stop,) if isinstance(stop, str) else stop
-        return Request(prompt, dialog, _sampling(options), tuple(stop) if isinstance(stop, list) else stop, where)
+        return Request(prompt, dialog, _sampling(options), (stop,) if isinstance(stop, str) else stop, where)
 
 
 @contextmanager
@@ -276,12 +272,12 @@ def _naming(where: str) -> Iterator[None]:
 def _sampling(options: dict[str, Any]) -> SamplingParams:
     renamed = {"max_new_tokens": "max_tokens", "stop_token_ids": "stop_ids"}
     allowed = [*renamed, *SamplingParams.__dataclass_fields__]
+    shown = [*allowed, "prompt", "dialog", "stop", "mode"]
+    shown.remove("stop_ids")
     values = {}
     for name, value in options.items():
         if name not in allowed:
-            raise RequestError(
-                f"unknown option {name!r}; {nearest(name, [*allowed, 'prompt', 'dialog', 'stop'])}", name
-            )
+            raise RequestError(f"unknown option {name!r}; {nearest(name, shown)}", name)
         values[renamed.get(name, name)] = value
     if isinstance(values.get("logit_bias"), dict):
         try:
@@ -298,11 +294,12 @@ def _sampling(options: dict[str, Any]) -> SamplingParams:
 def read_dialogs(path: str) -> list[dict[str, Any]]:
     """What a JSON file asks: an object with `dialog` and maybe options, a list of messages, or a list of such lists."""
     value = _json(_read(path), path)
-    if isinstance(value, dict) and isinstance(value.get("dialog"), list):
-        return [value]
-    if not isinstance(value, list) or not value:
+    body = value if isinstance(value, dict) else {"dialog": value}
+    dialogs = body.get("dialog")
+    if not isinstance(dialogs, list) or not dialogs:
         raise ConfigError(f'{path}: needs a list of messages {{"role": ..., "content": ...}}, or a list of such lists')
-    return [{"dialog": dialog} for dialog in (value if all(isinstance(item, list) for item in value) else [value])]
+    several = all(isinstance(item, list) for item in dialogs)
+    return [body | {"dialog": dialog} for dialog in (dialogs if several else [dialogs])]
 
 
 def read_prompts(path: str) -> list[tuple[str, dict[str, Any]]]:

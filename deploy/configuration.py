@@ -40,7 +40,7 @@ class Options:
 
     checkpoint: Path | None = None
     tp: int | None = None
-    port: int = DEFAULT_PORT
+    port: int | None = None
     host: str = "127.0.0.1"
     device: str | None = None
     token_auth: bool = False
@@ -83,9 +83,8 @@ class Options:
             key, equals, text = word.partition("=")
             name = allowed.get(key.lower().replace("-", "_"))
             if name is None or not equals:
-                shown = [
-                    each.upper() if each in OWN_KEYS or each in HANDLER_KEYS else each for each in allowed.values()
-                ]
+                known = [each for each in allowed.values() if each not in INSTEAD]
+                shown = [each.upper() if each in OWN_KEYS or each in HANDLER_KEYS else each for each in known]
                 raise ConfigError(f"{word!r} is no KEY=VALUE known here; {nearest(key.upper(), shown)}")
             if name in INSTEAD:
                 raise ConfigError(f"{word!r}: {name} follows from {INSTEAD[name]}; say that instead")
@@ -115,6 +114,11 @@ class Plan:
     def folder(self) -> Path:
         """Where this server's files are."""
         return self.options.build / "serve"
+
+    @property
+    def port(self) -> int:
+        """Where requests are taken; the next ones are for management, metrics and gRPC."""
+        return self.options.port or DEFAULT_PORT
 
     @property
     def ranks(self) -> int:
@@ -154,9 +158,9 @@ def plan_model(options: Options) -> Plan:
             raise ConfigError(f"MASTER={options.master} needs NODES=N, how many machines there are")
         torchrun.update({"rdzv-backend": "static", "rdzv-endpoint": options.master})
     model_config.setdefault("parallelType", "tp")
-    checkpoint, given = options.checkpoint, handler.get("converted_ckpt_dir", DEMO)
+    checkpoint, given = options.checkpoint, handler.get("converted_ckpt_dir") or DEMO
     if checkpoint is None and given != DEMO:
-        checkpoint = options.config.parent / str(given)
+        checkpoint = options.config.parent / Path(str(given)).expanduser()
     # The settings are checked before minutes go into a conversion, but for what describes its outcome.
     handler["converted_ckpt_dir"] = str(options.build / "demo")
     _fit_queue(model_config, options.values)
@@ -209,7 +213,7 @@ def _device(wanted: str) -> str:
 
 def properties_text(plan: Plan, base: Path = PROPERTIES) -> str:
     """The effective config.properties: the file's, with this server's addresses, paths and authorisation."""
-    options, port = plan.options, plan.options.port
+    options, port = plan.options, plan.port
     changes = {
         "inference_address": f"http://{options.host}:{port}",
         "management_address": f"http://127.0.0.1:{port + 1}",

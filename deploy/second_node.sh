@@ -19,8 +19,9 @@
 #
 # Rendezvous and gloo know no passwords and unpickle what they are sent: the network must be theirs alone.
 set -u
-config=$(realpath "${1:?usage: deploy/second_node.sh MODEL_CONFIG [CHECKPOINT]}")
-checkpoint=${2:+$(realpath "$2")}
+: "${1:?usage: deploy/second_node.sh MODEL_CONFIG [CHECKPOINT]}"
+config=$(realpath -m -- "$1") || exit 2
+checkpoint=${2:+$(realpath -m -- "$2")}
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
 

@@ -129,7 +129,7 @@ def write_configuration(plan: Plan) -> None:
 
 def check_ports(plan: Plan) -> None:
     """Refuse a port that somebody else has, with who it is."""
-    first = plan.options.port
+    first = plan.port
     for port in range(first, first + PORTS):
         host = plan.options.host if port == first else "127.0.0.1"
         try:
@@ -173,8 +173,8 @@ def launch(plan: Plan, java: Java, mark_of: str) -> Record:
     record = Record(
         mark=uuid.uuid4().hex,
         fingerprint=mark_of,
-        url=f"http://{host}:{options.port}",
-        management_url=f"http://127.0.0.1:{options.port + 1}",
+        url=f"http://{host}:{plan.port}",
+        management_url=f"http://127.0.0.1:{plan.port + 1}",
         token_auth=options.token_auth,
         ranks=plan.ranks,
         checkpoint=str(plan.checkpoint),

@@ -198,7 +198,7 @@ class Conversion:
         free = shutil.disk_usage(there).free
         if free < needed:
             raise ConversionError(
-                f"{there}: not enough disk space: {needed / 1e9:.3g} GB needed, {free / 1e9:.3g} GB free"
+                f"{there}: not enough disk space: {needed / 1e9:.4f} GB needed, {free / 1e9:.4f} GB free"
             )
 
     def _write_manifest(self, folder: Path, hashed: dict[str, dict[str, Any]]) -> None:

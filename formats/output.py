@@ -175,7 +175,7 @@ def partial_folder(target: Path) -> Iterator[Path]:
         lock = os.open(folder, os.O_RDONLY)
         try:
             with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock, fcntl.LOCK_EX)  # who looks whether it is locked lets go at once
             yield folder
         finally:
             os.close(lock)

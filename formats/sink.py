@@ -58,7 +58,6 @@ class Sink(ABC):
     name: ClassVar[str]
     title: ClassVar[str]
     options: ClassVar[tuple[Option, ...]] = ()
-    """What `dtype` may be; none where an option of the format decides how numbers are stored."""
 
     def __init__(self, source: Source, dtype: torch.dtype | None = None) -> None:
         if dtype is not None and dtype not in FLOAT_DTYPES:

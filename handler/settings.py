@@ -140,12 +140,12 @@ def parse(model_yaml: Mapping[str, Any], model_dir: Path) -> HandlerSettings:
     if section is None:
         raise ConfigError(f"{WHERE}: the section 'handler' is missing; it needs at least: converted_ckpt_dir: FOLDER")
     settings = from_mapping(HandlerSettings, section, SECTION)
-    folder = model_dir / settings.converted_ckpt_dir
+    folder, own = model_dir / settings.converted_ckpt_dir, settings.model_args_path
     resolved = dataclasses.replace(
         settings,
         converted_ckpt_dir=folder,
         tokenizer_path=None if settings.tokenizer_path is None else model_dir / settings.tokenizer_path,
-        model_args_path=model_dir / (settings.model_args_path or folder / "model_args.json"),
+        model_args_path=folder / "model_args.json" if own is None else model_dir / own,
     )
     check_frontend(model_yaml, resolved)
     if settings.model_args_path is not None:

@@ -376,7 +376,7 @@ def test_too_little_disk_is_noticed_before_anything_is_written(meta, tmp_path, c
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000_000))
     monkeypatch.setattr(formats.dcp, "BLOCK_OVERHEAD", 10_000_000)
     line = error_line(capsys, meta, tmp_path / "new" / "out")
-    assert "not enough disk space: " in line and "GB needed, 0.01 GB free" in line
+    assert "not enough disk space: " in line and "GB needed, 0.0100 GB free" in line
     assert only(tmp_path) == ["meta"]
 
 

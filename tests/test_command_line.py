@@ -8,7 +8,10 @@ import time
 
 import pytest
 
+import checkpoint_converter
+import generate
 from command_line import Parser, interrupts
+from tools import archive, bench, bench_peers, chat, check, download, fuzz, parity, serve, stress
 
 
 def parser() -> Parser:
@@ -41,6 +44,33 @@ def test_what_is_wrong_is_said_in_one_line(capsys, words, said):
         parser().parse_args(words)
     assert ended.value.code == 2
     assert capsys.readouterr().err == f"tool: error: {said} (see --help)\n"
+
+
+PROGRAMS = [archive, bench, bench_peers, chat, check, download, fuzz, parity, serve, stress]
+
+
+@pytest.mark.parametrize("program", [generate, checkpoint_converter, *PROGRAMS])
+def test_every_program_tells_an_unknown_flag_in_one_line(program, capsys):
+    with pytest.raises(SystemExit) as ended:
+        program.main(["start", "x", "--bogus"])
+    out, err = capsys.readouterr()
+    assert (ended.value.code, out) == (2, "")
+    assert err.count("\n") == 1 and ": error: " in err and err.endswith("(see --help)\n")
+
+
+def test_words_that_are_no_options_stay_as_they_are():
+    made = parser()
+    made.add_argument("words", nargs="*")
+    assert made.parse_args(["--text", "xxtext", "xxtext", "__text"]).words == ["xxtext", "__text"]
+
+
+def test_an_interrupt_that_is_ignored_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with interrupts():
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

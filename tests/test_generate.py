@@ -79,6 +79,9 @@ def test_a_dialog_is_answered_with_its_system_prompt_and_its_memory(
     (tmp_path / "two.json").write_text(json.dumps([dialog, memory]))
     lines = run(capsys, checkpoint, "--dialog", str(tmp_path / "two.json"))[1].splitlines()
     assert [json.loads(line)["text"] for line in lines] == ["My name is Zora.", "Your name is Tom."]
+    (tmp_path / "three.json").write_text(json.dumps({"dialog": [dialog, memory], "max_new_tokens": 2}))
+    lines = run(capsys, checkpoint, "--dialog", str(tmp_path / "three.json"))[1].splitlines()
+    assert [json.loads(line)["generated_tokens"] for line in lines] == [2, 2]
 
 
 def test_a_file_of_prompts_gives_a_line_of_json_each_in_order(
@@ -215,6 +218,11 @@ def test_one_refused_request_stops_the_whole_call_and_leaves_nothing_behind(llm:
         llm.generate([good, Request(prompt="word " * 400)])
     llm.engine.step()
     assert not llm.engine.busy
+
+
+def test_stops_may_come_as_a_list(llm: LLM) -> None:
+    request = Request(dialog=[{"role": "user", "content": FRANCE}], params=SamplingParams(temperature=0), stop=[" Fra"])
+    assert llm.generate([request])[0].text == "The capital of"
 
 
 def test_prompt_logprobs_come_with_the_completion(llm: LLM) -> None:

@@ -189,6 +189,7 @@ def test_words_become_options_in_any_case_with_yaml_values() -> None:
         ("NODES=2", "MASTER=ADDRESS:PORT"),
         ("MASTER=foo", "MASTER is 'foo'; it must be ADDRESS:PORT"),
         ("MASTER=10.0.0.1:99999", "MASTER is '10.0.0.1:99999'"),
+        ("CONVERTED_CKPT=x", "allowed: "),
         ("CONVERTED_CKPT_DIR=/data/7b", "converted_ckpt_dir follows from CHECKPOINT=DIR"),
         ("deviceType=gpu", "deviceType follows from DEVICE="),
         ("parallelType=pp", "parallelType follows from TP=N"),
@@ -223,6 +224,11 @@ def test_a_files_own_checkpoint_and_device_count_unless_words_say_otherwise(plan
     planned(config, f"CHECKPOINT={tmp_path / 'other'}")
     planned()
     assert wanted == [tmp_path / "weights", tmp_path / "weights", tmp_path / "other", None]
+    for given, meant in ((None, None), ("~/7b", Path.home() / "7b")):
+        base["handler"]["converted_ckpt_dir"] = given
+        (tmp_path / "own.yaml").write_text(yaml.safe_dump(base))
+        planned(config)
+        assert wanted[-1] == meant
 
 
 def test_torchserves_queue_grows_with_ours(planned) -> None:
@@ -432,12 +438,22 @@ def test_a_record_of_a_server_that_is_gone_counts_as_not_running(tmp_path: Path,
     )
     record.write(folder)
     assert server.Record.read(folder) == record and not record.alive
-    for command in ("stop", "status"):
-        assert serve.main([command, f"BUILD={tmp_path}", "PORT=2"]) == 1
-        assert f"the server of {tmp_path} is at http://127.0.0.1:1" in capsys.readouterr().err
+    assert serve.main(["status", f"BUILD={tmp_path}", "PORT=2"]) == 1 and "not running" in capsys.readouterr().out
     assert server.stop(folder) == 0 and server.Record.read(folder) is None
     (folder / server.STATE).write_text("{broken")
     assert server.Record.read(folder) is None
+
+
+@pytest.mark.parametrize("command", ["stop", "status"])
+def test_the_server_on_another_port_is_left_alone(tmp_path: Path, capsys, monkeypatch, command: str) -> None:
+    monkeypatch.setattr(server.Record, "alive", True)
+    monkeypatch.setattr(server, "stop", lambda folder: pytest.fail("stopped"))
+    (tmp_path / "serve").mkdir()
+    url = "http://127.0.0.1:9000"
+    server.Record("m", "f", url, url, False, 1, "c", "x", 0.0).write(tmp_path / "serve")
+    for port in (9001, 8080):
+        assert serve.main([command, f"BUILD={tmp_path}", f"PORT={port}"]) == 1
+        assert f"the server of {tmp_path} is at {url}" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_not_converted_is_converted_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

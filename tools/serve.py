@@ -13,7 +13,7 @@ from pathlib import Path
 
 from command_line import Parser, interrupts
 from deploy import processes, server
-from deploy.configuration import DEFAULT_PORT, Options, plan_model
+from deploy.configuration import Options, plan_model
 from deploy.java import find_java
 from engine.config import ConfigError
 
@@ -109,7 +109,8 @@ def stop(options: Options) -> int:
 def _record(options: Options) -> server.Record | None:
     """The server of a build folder, which is not to be taken for another one."""
     record = server.Record.read(options.build / "serve")
-    if record is not None and options.port != DEFAULT_PORT and not record.url.endswith(f":{options.port}"):
+    said = options.port is not None and record is not None and record.alive
+    if said and not record.url.endswith(f":{options.port}"):
         raise ConfigError(
             f"the server of {options.build} is at {record.url}; one on another PORT has its own BUILD=DIR"
         )
