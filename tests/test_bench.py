@@ -79,14 +79,21 @@ def test_bytes_of_a_step_are_all_matrices_but_the_table_and_the_keys_and_values(
     assert tiny_bench("int8").costs.bytes_per_step(1, 0) < 1.1 * matrices
 
 
+def test_a_prompt_takes_what_its_tokens_take_one_by_one_but_for_all_but_one_logits():
+    bench = tiny_bench()
+    logits = 2 * bench.args.vocab_size * bench.args.dim
+    assert bench.costs.flops(32) == sum(bench.costs.flops(1, before) for before in range(32)) - 31 * logits
+
+
 def test_shares_are_of_what_the_machine_can_do():
     bench = tiny_bench()
     run = bench.run(2, 8, 4)
     row = bench.decode_row(run, MACHINE)
     assert math.isclose(row["bandwidth_share"], row["bytes_per_step"] / run.step_s / 1e10)
     assert math.isclose(row["tokens_per_s"], 2 / run.step_s)
+    assert math.isclose(row["flops_share"], 2 * bench.costs.flops(1, row["context"]) / run.step_s / 1e11)
     prompts = bench.prefill_row(bench.run(1, 32, 1), MACHINE)
-    assert math.isclose(prompts["flops_share"], bench.costs.prompt_flops(32) * prompts["tokens_per_s"] / 32 / 1e11)
+    assert math.isclose(prompts["flops_share"], bench.costs.flops(32) * prompts["tokens_per_s"] / 32 / 1e11)
 
 
 def test_gaps_between_a_gpus_steps_are_those_of_the_last_ones(monkeypatch):

@@ -159,13 +159,14 @@ class Costs:
             weights -= args.vocab_size * args.dim * size
         return weights + batch * context * 2 * args.n_layers * args.n_kv_heads * args.head_dim * size
 
-    def prompt_flops(self, prompt: int) -> float:
-        """Multiplications and additions of a prompt: every matrix for every token, the last for one token only."""
+    def flops(self, tokens: int, before: float = 0) -> float:
+        """Multiplications and additions of tokens behind others: every matrix for each, the last for one token only."""
         args = self.args
         shapes = (shape for name, shape in args.tensor_shapes().items() if name.startswith("layers."))
         matrices = sum(shape[0] * shape[1] for shape in shapes if len(shape) == 2)
-        attention = 2 * args.n_layers * args.n_heads * args.head_dim * prompt * prompt  # half of the square is masked
-        return 2 * matrices * prompt + attention + 2 * args.vocab_size * args.dim
+        pairs = tokens * (before + tokens / 2)  # half of the square is masked
+        attention = 4 * args.n_layers * args.n_heads * args.head_dim * pairs
+        return 2 * matrices * tokens + attention + 2 * args.vocab_size * args.dim
 
 
 class Marks:
@@ -244,7 +245,7 @@ class EngineBench:
             "throughput": run.throughput,
             "bytes_per_step": size,
             "bandwidth_share": size / run.step_s / machine.read_bytes_per_s,
-            "flops_share": run.batch * self.costs.prompt_flops(1) / run.step_s / machine.flops,
+            "flops_share": run.batch * self.costs.flops(1, context) / run.step_s / machine.flops,
             "gap_share": statistics.median(run.gaps_s) / run.step_s if run.gaps_s else None,
         }
 
@@ -255,7 +256,7 @@ class EngineBench:
             "prompt": run.prompt,
             "tokens_per_s": run.prefill_rate,
             "first_token_ms": 1000 * seconds,
-            "flops_share": run.batch * self.costs.prompt_flops(run.prompt) / seconds / machine.flops,
+            "flops_share": run.batch * self.costs.flops(run.prompt) / seconds / machine.flops,
         }
 
 

@@ -139,7 +139,7 @@ class Comparison:
 
     def _transformers(self, stack: contextlib.ExitStack, machine: Machine) -> list[Transformers]:
         """As it comes and compiled, those of both that work; the first run of each is for its compiler."""
-        flops = HF_BATCH * costs(self.flags.shape, "bf16", HF_BATCH, PROMPT + TOKENS).prompt_flops(PROMPT)
+        flops = HF_BATCH * costs(self.flags.shape, "bf16", HF_BATCH, PROMPT + TOKENS).flops(PROMPT)
         rate = machine.product_flops["bfloat16"]
         if flops / rate > HF_TAKES_S:
             why = f"PyTorch computes bfloat16 at {rate / 1e9:.2g} GFLOP/s on this CPU, so that {HF_BATCH} prompts of "
