@@ -77,18 +77,25 @@ class Limits:
                 f"max_tokens_per_step is {config.max_tokens_per_step}; it must be at least max_batch_size ({slots})"
             )
         dtype = choose_dtype(config.dtype, args, device)
-        length = config.max_seq_len or args.max_seq_len
         native = choose_native(config, args, device)
         ours = device.startswith("cuda") and config.kernels != "torch"
-        packed = ours and choose_packed(config.quantization, device, dtype)
         ragged = ours and choose_ragged(args, device, dtype)
-        fused = ragged and choose_fused(args, device, dtype)
-        sizes = (length, slots, config.max_tokens_per_step)
-        drafts = 0 if config.speculation == "none" else config.max_draft_tokens
-        beside = None if config.prefill_beside_decode == "auto" else config.prefill_beside_decode
-        graphs = config.cuda_graphs and device.startswith("cuda")
-        kernels = (native, packed, ragged, fused)
-        return cls(*sizes, dtype, config.quantization, *kernels, config.prefix_reuse, beside, drafts, graphs)
+        beside = config.prefill_beside_decode
+        return cls(
+            max_seq_len=config.max_seq_len or args.max_seq_len,
+            max_batch_size=slots,
+            max_tokens_per_step=config.max_tokens_per_step,
+            dtype=dtype,
+            quantization=config.quantization,
+            native=native,
+            packed=ours and choose_packed(config.quantization, device, dtype),
+            ragged=ragged,
+            fused=ragged and choose_fused(args, device, dtype),
+            prefix_reuse=config.prefix_reuse,
+            prefill_beside_decode=None if beside == "auto" else beside,
+            draft_tokens=0 if config.speculation == "none" else config.max_draft_tokens,
+            cuda_graphs=config.cuda_graphs and device.startswith("cuda"),
+        )
 
 
 @dataclass(frozen=True)
