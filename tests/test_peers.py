@@ -13,7 +13,6 @@ import torch
 from checkpoints import random_tensors
 from gguf import GGMLQuantizationType
 from gguf_files import ARGS, llama_cpp_tensors, write_gguf
-from tokenizers.pre_tokenizers import ByteLevel
 
 from formats.gguf import GGUFSource
 from formats.meta import MetaSource
@@ -232,13 +231,6 @@ def test_a_tensor_that_is_not_in_the_file_is_not_right(file, monkeypatch):
     theirs = llamacpp_check.package_tensors
     monkeypatch.setattr(llamacpp_check, "package_tensors", lambda *given: list(theirs(*given))[1:])
     assert not llamacpp_check.compare_tensors("x", file).right
-
-
-def test_the_alphabet_of_bytes_is_gpt_2s():
-    alphabet = llamacpp_check.gguf_alphabet()
-    assert sorted(alphabet) == list(range(256)) and set(alphabet.values()) == set(ByteLevel.alphabet())
-    cut = ByteLevel(False, use_regex=False).pre_tokenize_str("é \n~")
-    assert cut[0][0] == "".join(alphabet[byte] for byte in "é \n~".encode())
 
 
 def test_the_random_llama_3_is_one(tmp_path):

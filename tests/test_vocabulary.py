@@ -23,6 +23,7 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 from formats.source import FormatError
 from formats.vocabulary import TokenType, Vocabulary, read_vocabulary
 from formats.vocabulary_merges import disagreement, join, ranked, ranks_of
+from llama3_tokenizer import byte_alphabet
 from tokenizing import load_tokenizer
 
 DEMO = Path(__file__).parent.parent / "demo" / "model" / "tokenizer.model"
@@ -287,6 +288,13 @@ class TestSentencePiece:
 
 
 class TestByteLevel:
+    def test_the_alphabet_of_bytes_is_gpt_2s(self) -> None:
+        alphabet = {byte: character for character, byte in byte_alphabet().items()}
+        assert sorted(alphabet) == list(range(256))
+        assert set(alphabet.values()) == set(pre_tokenizers.ByteLevel.alphabet())
+        cut = pre_tokenizers.ByteLevel(False, use_regex=False).pre_tokenize_str("é \n~")
+        assert cut[0][0] == "".join(alphabet[byte] for byte in "é \n~".encode())
+
     def test_a_token_that_merges_do_not_make_is_still_taken_for_a_word(self, crafted: Path, tmp_path: Path) -> None:
         vocabulary = read_vocabulary(crafted)
         folder = written(through_gguf(vocabulary, tmp_path), tmp_path / "hf")

@@ -41,7 +41,7 @@ from engine.sequence import SamplingParams
 from formats import FormatError, open_source
 from generate import DEMO_MODEL, LLM, Request
 from llama2 import ModelArgs
-from llama3_tokenizer import CONTROL_TOKENS, SPLIT_PATTERN
+from llama3_tokenizer import CONTROL_TOKENS, SPLIT_PATTERN, byte_alphabet
 from tools import peers
 
 # How large a share of its texts must be ours; None is only stated.
@@ -257,17 +257,10 @@ def write_llama3(folder: Path) -> int:
     ranks = sorted(trained.get_vocab().items(), key=lambda item: item[1])
     params = {"dim": 256, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "rope_theta": 500000.0, "use_scaled_rope": True}
     write_random(folder, params, len(ranks) + CONTROL_TOKENS)
-    bytes_of = {character: byte for byte, character in gguf_alphabet().items()}
+    bytes_of = byte_alphabet()
     lines = [base64.b64encode(bytes(bytes_of[each] for each in token)) + b" %d\n" % rank for token, rank in ranks]
     (folder / "tokenizer.model").write_bytes(b"".join(lines))
     return len(ranks)
-
-
-def gguf_alphabet() -> dict[int, str]:
-    """GPT-2's character for each byte: itself if it can be seen, else the next one from U+0100 on."""
-    seen = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    hidden = [byte for byte in range(256) if byte not in seen]
-    return {byte: chr(byte) for byte in seen} | {byte: chr(256 + place) for place, byte in enumerate(hidden)}
 
 
 def package_tensors(file: Path, layers: int) -> Iterator[tuple[str, str, np.ndarray]]:
