@@ -211,7 +211,7 @@ def _device(wanted: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def properties_text(plan: Plan, base: Path = PROPERTIES) -> str:
+def properties_text(plan: Plan) -> str:
     """The effective config.properties: the file's, with this server's addresses, paths and authorisation."""
     options, port = plan.options, plan.port
     changes = {
@@ -225,7 +225,7 @@ def properties_text(plan: Plan, base: Path = PROPERTIES) -> str:
         "metrics_config": str(plan.folder / "metrics.yaml"),
         "max_request_size": str(max(2 << 20, 2 * plan.model_config["handler"].get("max_body_bytes", 1 << 20))),
     }
-    return replace_properties(base.read_text(encoding="utf-8"), changes)
+    return replace_properties(PROPERTIES.read_text(encoding="utf-8"), changes)
 
 
 def replace_properties(text: str, changes: Mapping[str, str]) -> str:

@@ -58,14 +58,14 @@ def choose_device(device: str, launch: Launch) -> str:
     return f"cuda:{launch.local_rank}"
 
 
-def _own_store(launch: Launch, environment: Mapping[str, str] = os.environ) -> dist.Store | None:
+def _own_store(launch: Launch) -> dist.Store | None:
     """A rendezvous store that listens on the master's address only; None where torchrun's agent has one already.
 
     Left alone, rank 0 would listen on every interface, and what it is sent is trusted.
     """
-    if environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or "MASTER_ADDR" not in environment:
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or "MASTER_ADDR" not in os.environ:
         return None
-    address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     listener = None
     if launch.rank == 0:
         family, kind, protocol, _, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]

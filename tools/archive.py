@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 from command_line import Parser
-from deploy.configuration import BUILD, PROJECT, Options, plan_model
+from deploy.configuration import PROJECT, Options, plan_model
 from engine.config import ConfigError
 
 MODEL_NAME = "llama"
@@ -21,10 +21,10 @@ SUFFIXES = (".py", ".cpp", ".h")
 NEVER_SHIPPED = {"checkpoint_converter", "demo", "deploy", "formats", "generate", "tests", "tools"}
 
 
-def sources(project: Path = PROJECT, entry: Path = ENTRY) -> list[Path]:
+def sources(project: Path = PROJECT) -> list[Path]:
     """The project's files that the handler needs, relative to the project: whole packages, as far as imports lead."""
     wanted: set[Path] = set()
-    ahead = [project / entry, *_files_of(project, entry.parts[0])]
+    ahead = _files_of(project, ENTRY.parts[0])
     while ahead:
         path = ahead.pop()
         relative = path.relative_to(project)
@@ -60,41 +60,35 @@ def _imported(path: Path) -> set[str]:
     return {name.partition(".")[0] for name in names}
 
 
-def digest(project: Path = PROJECT, entry: Path = ENTRY) -> str:
+def digest(project: Path = PROJECT) -> str:
     """One number for all the code that a server runs."""
     total = hashlib.sha256()
-    for relative in sources(project, entry):
+    for relative in sources(project):
         total.update(f"{relative}\0{hashlib.sha256((project / relative).read_bytes()).hexdigest()}\n".encode())
     return total.hexdigest()
 
 
-def stage(folder: Path, project: Path = PROJECT, entry: Path = ENTRY) -> Path:
+def stage(folder: Path) -> Path:
     """Copy the code to `folder`, replacing what an earlier run left; the entry file goes in by --handler, not here."""
     shutil.rmtree(folder, ignore_errors=True)
-    for relative in sources(project, entry):
-        if relative == entry:
+    for relative in sources():
+        if relative == ENTRY:
             continue
         (folder / relative).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(project / relative, folder / relative)
+        shutil.copyfile(PROJECT / relative, folder / relative)
     return folder
 
 
-def archive(
-    model_config: Path,
-    build: Path = BUILD,
-    archive_format: str = "default",
-    project: Path = PROJECT,
-    entry: Path = ENTRY,
-) -> Path:
+def archive(model_config: Path, build: Path, archive_format: str = "default") -> Path:
     """Run torch-model-archiver; the .mar, or with `no-archive` the folder, appears under `build`."""
-    staged = stage(build / "mar", project, entry)
+    staged = stage(build / "mar")
     export = build / ("model_folder" if archive_format == "no-archive" else "model_store")
     export.mkdir(parents=True, exist_ok=True)
     result = export / (MODEL_NAME if archive_format == "no-archive" else f"{MODEL_NAME}.mar")
     if result.is_dir():
         shutil.rmtree(result)  # the archiver would leave files there that are no longer part of the model
     command = [str(Path(sys.executable).parent / "torch-model-archiver"), "--model-name", MODEL_NAME]
-    command += ["--version", "1.0", "--handler", str(project / entry), "--extra-files", str(staged)]
+    command += ["--version", "1.0", "--handler", str(PROJECT / ENTRY), "--extra-files", str(staged)]
     command += ["--config-file", str(model_config), "--export-path", str(export)]
     command += ["--archive-format", archive_format, "--force"]
     # The archiver works in TMPDIR/MODEL_NAME, which it deletes first, whoever made it: so it gets a TMPDIR of its own.

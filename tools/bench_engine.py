@@ -194,9 +194,9 @@ class Marks:
 class EngineBench:
     """Measures one engine; no two prompts of it are alike, so that none is found in a cache."""
 
-    def __init__(self, engine: Engine, args: ModelArgs, seed: int = 0) -> None:
+    def __init__(self, engine: Engine, args: ModelArgs) -> None:
         self.engine, self.args, self.costs = engine, args, Costs(args, engine.limits)
-        self._random = random.Random(seed)
+        self._random = random.Random(0)
         self._marks = Marks(engine._runner) if engine.ranks.device.startswith("cuda") else None
 
     def prompt(self, length: int) -> list[int]:

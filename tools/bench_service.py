@@ -18,7 +18,7 @@ from tools.stress import MODEL_PATH, server
 
 COMPLETIONS = f"{MODEL_PATH}/1.0/v1/completions"
 LENGTH = 2048
-LONG_PROMPT = 512
+LONG_PROMPT, STREAM_TOKENS = 512, 48  # of one that comes among streams, and of each of these
 # A chat: the tokens of its first prompt, of its first answer, and of what is asked next.
 HISTORY, ANSWERED, NEXT_TURN = 384, 16, 24
 
@@ -60,9 +60,9 @@ def torchserve(weights: Weights, kind: str, slots: int, threads: int, **choices:
 class ServiceBench:
     """Measures one server; every method gives rows or figures of its own."""
 
-    def __init__(self, target: Target, shape: Shape, seed: int = 0) -> None:
+    def __init__(self, target: Target, shape: Shape) -> None:
         self.target, self.shape = target, shape
-        self._tokens, self._random = usual_tokens(), random.Random(seed)
+        self._tokens, self._random = usual_tokens(), random.Random(0)
 
     def warm_up(self, streams: int) -> None:
         """Load weights and, in Java, let what is busy be compiled."""
@@ -97,9 +97,9 @@ class ServiceBench:
     def _figures(self, seen: Ordered[Seen]) -> dict[str, float]:
         return summarize(seen, self.shape.first_token_limit_s, self.shape.per_token_limit_s)
 
-    def intrusion(self, streams: int, tokens: int = 48) -> dict[str, float]:
+    def intrusion(self, streams: int) -> dict[str, float]:
         """What streams feel of a long prompt that comes among them."""
-        running = [Ask(self.prompt(32), tokens) for _ in range(streams)]
+        running = [Ask(self.prompt(32), STREAM_TOKENS) for _ in range(streams)]
         felt = asyncio.run(intrude(self.target, running, Ask(self.prompt(LONG_PROMPT), 4)))
         return {"streams": streams, "prompt": LONG_PROMPT, "gap_in_steps": felt.steps} | asdict(felt)
 

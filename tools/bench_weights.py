@@ -22,8 +22,8 @@ GGUF_TYPES = {"bf16": "bf16", "int8": "q8_0", "int4": "q4_0"}
 class Weights:
     """One shape's weights in every form that somebody loads, each written when it is first asked for."""
 
-    def __init__(self, shape: str, folder: Path = FOLDER) -> None:
-        self.shape, self._folder = shape, folder / "weights" / shape
+    def __init__(self, shape: str) -> None:
+        self.shape, self._folder = shape, FOLDER / "weights" / shape
 
     def served(self) -> Path:
         """The converted folder, in bfloat16."""

@@ -41,13 +41,13 @@ class RemoteFile:
     digest: str = ""
 
 
-def bring_all(client: Client, files: list[RemoteFile], folder: Path, progress: bool = True) -> None:
+def bring_all(client: Client, files: list[RemoteFile], folder: Path) -> None:
     """Bring the files, some at a time and the small ones first, since they show early whether all is well."""
     ahead, lock = deque(sorted(files, key=lambda file: file.size)), threading.Lock()
     done: list[RemoteFile] = []
     ended = threading.Semaphore(0)
     errors: list[BaseException] = []
-    with byte_bar(sum(file.size for file in files), "downloading", progress) as bar:
+    with byte_bar(sum(file.size for file in files), "downloading", progress=True) as bar:
 
         def advance(count: int) -> None:
             with lock:
