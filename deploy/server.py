@@ -33,6 +33,7 @@ STATE = "server.json"
 ANSWER_S = 60.0
 READY = "READY"
 FORGIVEN_FAILURES = 2
+TAIL_BYTES = 200_000  # of a log, to find the reason in
 OK, FULL = 200, 429  # a full queue is a sign of life too
 PROBE = {"prompt": "Hello", "max_new_tokens": 1, "stream": False}
 
@@ -162,8 +163,8 @@ def environment(
     return java.environment({**base, **(ONE_MACHINE if nodes == 1 else {}), **own})
 
 
-def launch(plan: Plan, java: Java, mark_of: str) -> Record:
-    """Start TorchServe in the background; it does not answer yet."""
+def launch(plan: Plan, java: Java, wanted: str) -> Record:
+    """Start TorchServe, whose fingerprint is `wanted`, in the background; it does not answer yet."""
     folder, options = plan.folder, plan.options
     logs = folder / "logs"
     shutil.rmtree(logs, ignore_errors=True)
@@ -172,7 +173,7 @@ def launch(plan: Plan, java: Java, mark_of: str) -> Record:
     host = "127.0.0.1" if options.host == "0.0.0.0" else options.host
     record = Record(
         mark=uuid.uuid4().hex,
-        fingerprint=mark_of,
+        fingerprint=wanted,
         url=f"http://{host}:{plan.port}",
         management_url=f"http://127.0.0.1:{plan.port + 1}",
         token_auth=options.token_auth,
@@ -232,8 +233,9 @@ def wait(record: Record, folder: Path, timeout_s: float, show: Callable[[str], N
 
 
 def probe(record: Record, folder: Path, timeout_s: float) -> tuple[int, str]:
-    """The status and body of a tiny request."""
-    return ask(record, folder, f"/predictions/{MODEL}", PROBE, timeout_s)
+    """The status (0 for no answer) and body of a tiny request."""
+    url, body = f"{record.url}/predictions/{MODEL}", json.dumps(PROBE).encode()
+    return _request(url, body, record.key(folder, "inference"), timeout_s)
 
 
 def worker_state(record: Record, folder: Path) -> str:
@@ -248,11 +250,6 @@ def worker_state(record: Record, folder: Path) -> str:
     if not workers:
         return "starting the worker"
     return READY if workers[0]["status"] == READY else "loading the model"  # TorchServe says UNLOADING meanwhile
-
-
-def ask(record: Record, folder: Path, path: str, body: Mapping[str, Any], timeout_s: float) -> tuple[int, str]:
-    """POST JSON to the server: its status (0 for no answer) and its body."""
-    return _request(record.url + path, json.dumps(body).encode(), record.key(folder, "inference"), timeout_s)
 
 
 def _request(url: str, body: bytes | None, key: str | None, timeout_s: float) -> tuple[int, str]:
@@ -297,10 +294,10 @@ def reason(folder: Path) -> str | None:
     return lines[-1].strip() if lines else None
 
 
-def _tail(path: Path, size: int = 200_000) -> str:
+def _tail(path: Path) -> str:
     try:
         with open(path, "rb") as file:
-            file.seek(max(0, path.stat().st_size - size))
+            file.seek(max(0, path.stat().st_size - TAIL_BYTES))
             return file.read().decode(errors="replace")
     except OSError:
         return ""
