@@ -10,7 +10,7 @@ from functools import partial
 from engine.config import RequestError
 from engine.engine import Output
 from engine.sequence import FinishReason, Sequence, TokenLogprobs
-from handler.protocol import Generation
+from handler.generation import Generation
 from handler.responses import Choice, Piece, Usage
 from tokenizing import StreamDecoder, Tokenizer
 
