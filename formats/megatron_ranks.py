@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import pickle
 import re
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +12,8 @@ import torch
 from torch import Tensor
 
 from formats.megatron_layout import Arguments, field_of, is_no_weight
-from formats.pickled import _check_archive, _plain_tensor, _reason, check_crcs
-from formats.source import MOST_LAYERS, FormatError, byte_bar, first_line
+from formats.pickled import check_crcs, load_plain, plain_tensor
+from formats.source import MOST_LAYERS, FormatError, byte_bar
 
 RANK_FILE = "model_optim_rng.pt"
 # Before version 2.0 the rows of Q, K and V were in another order.
@@ -46,37 +44,17 @@ class Unneeded:
 
 def load_contents(path: Path) -> dict[str, Any]:
     """What a Megatron file holds: tensors backed by the file itself, plain Python values, and `Unneeded`."""
-    records, claimed = _check_archive(path), 0
 
-    def on_cpu(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage:
-        nonlocal claimed
-        claimed += storage.nbytes()
-        return storage
-
-    try:
+    def allowed() -> list[Any]:
         unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        allowed: list[Any] = [(Unneeded, name) for name in unsafe if _UNNEEDED.fullmatch(name)]
-        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace, *allowed]):
-            warnings.simplefilter("ignore")
-            loaded = torch.load(path, map_location=on_cpu, weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        refused = re.search(r"GLOBAL (\S+)", str(error))
-        if refused:
-            raise FormatError(
-                f"{path}: the pickle asks for {refused[1]}, which no weights need; refused. If you trust the file, "
-                "load it where it was written, keep 'args', 'checkpoint_version' and 'model', and torch.save them anew"
-            ) from None
-        raise FormatError(f"{path}: no pickle of plain values: {_reason(error)}") from None
-    except OSError as error:
-        raise FormatError(f"{path}: {error.strerror or first_line(error)}") from None
-    except Exception as error:  # a broken pickle can fail in any way
-        raise FormatError(f"{path}: cannot be loaded: {first_line(error)}") from None
-    if type(loaded) is not dict:
-        raise FormatError(f"{path}: holds a {type(loaded).__name__}, not what Megatron saves")
-    if claimed != records:
-        # Mapped storages are cut from the file by the sizes that the pickle claims.
-        raise FormatError(f"{path}: its tensors claim {claimed} bytes, its records hold {records}")
-    return loaded
+        return [argparse.Namespace, *((Unneeded, name) for name in unsafe if _UNNEEDED.fullmatch(name))]
+
+    return load_plain(
+        path,
+        "which no weights need; refused. If you trust the file, load it where it was written, keep 'args', "
+        "'checkpoint_version' and 'model', and torch.save them anew",
+        allowed,
+    )
 
 
 class RankFiles:
@@ -210,4 +188,4 @@ def _flat(path: Path, model: Any, prefix: str = "", depth: int = 0) -> Iterator[
         if isinstance(value, dict):
             yield from _flat(path, value, f"{prefix}{name}.", depth + 1)
         else:
-            yield prefix + name, _plain_tensor(path, prefix + name, value)
+            yield prefix + name, plain_tensor(path, prefix + name, value)

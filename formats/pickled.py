@@ -115,30 +115,42 @@ def _pickle_of(value: object) -> bytes:
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """The file's tensors by name, backed by the file itself; anything but plain named float tensors is refused."""
-    records = _check_archive(path)
+    loaded = load_plain(path, "which is code and not data; refused")
+    return {name: plain_tensor(path, name, value) for name, value in loaded.items()}
+
+
+def load_plain(path: Path, refused: str, allowed: Callable[[], list[Any]] = list) -> dict[Any, Any]:
+    """The dictionary that a file holds: plain values, and tensors backed by the file itself.
+
+    `allowed` gives what the pickle may make beside (see `torch.serialization.safe_globals`); `refused` is said of what
+    else it asks for.
+    """
+    records, claimed = _check_archive(path), 0
+
+    def on_cpu(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage:
+        nonlocal claimed
+        claimed += storage.nbytes()
+        return storage
+
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.serialization.safe_globals(allowed()):
             warnings.simplefilter("ignore")
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            loaded = torch.load(path, map_location=on_cpu, weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
-        refused = re.search(r"GLOBAL (\S+)", str(error))
-        if refused:
-            raise FormatError(
-                f"{path}: the pickle asks for {refused[1]}, which is code and not data; refused"
-            ) from None
-        raise FormatError(f"{path}: no pickle of plain tensors: {_reason(error)}") from None
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        if asked:
+            raise FormatError(f"{path}: the pickle asks for {asked[1]}, {refused}") from None
+        raise FormatError(f"{path}: no pickle of plain values: {_reason(error)}") from None
     except OSError as error:
         raise FormatError(f"{path}: {error.strerror or first_line(error)}") from None
     except Exception as error:  # a broken pickle can fail in any way
         raise FormatError(f"{path}: cannot be loaded: {first_line(error)}") from None
     if not isinstance(loaded, dict):
-        raise FormatError(f"{path}: holds a {type(loaded).__name__}, not tensors by name")
-    tensors = {name: _plain_tensor(path, name, value) for name, value in loaded.items()}
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors.values()}
-    if sum(storages.values()) != records:
+        raise FormatError(f"{path}: holds a {type(loaded).__name__}, not values by name")
+    if claimed != records:
         # Mapped storages are cut from the file by the sizes that the pickle claims.
-        raise FormatError(f"{path}: its tensors claim {sum(storages.values())} bytes, its records hold {records}")
-    return tensors
+        raise FormatError(f"{path}: its tensors claim {claimed} bytes, its records hold {records}")
+    return loaded
 
 
 def check_crcs(path: Path, advance: Callable[[int], object]) -> None:
@@ -186,7 +198,8 @@ def _check_archive(path: Path) -> int:
     return sum(entry.file_size for entry in entries if re.search(r"/data/[^/]+$", entry.filename))
 
 
-def _plain_tensor(path: Path, name: object, value: object) -> Tensor:
+def plain_tensor(path: Path, name: object, value: object) -> Tensor:
+    """A value of a file, which must be a dense tensor of floating-point numbers."""
     if not isinstance(name, str):
         raise FormatError(f"{path}: the key {name!r} is no tensor name")
     if isinstance(value, dict):

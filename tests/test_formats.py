@@ -202,7 +202,7 @@ def quantized() -> torch.Tensor:
         (lambda: {"a": Calls(os.system, "touch ran")}, "asks for posix.system, which is code"),
         (lambda: {"a": Calls(eval, "1")}, "eval, which is code"),
         (lambda: torch.nn.Linear(1, 1), "Linear, which is code"),
-        (lambda: [torch.ones(1)], "holds a list, not tensors by name"),
+        (lambda: [torch.ones(1)], "holds a list, not values by name"),
         (lambda: {"model": {"a": torch.ones(1)}}, "'model' holds a nested dict"),
         (lambda: {"step": 5}, "'step' is a int, not a plain tensor"),
         (lambda: {3: torch.ones(1)}, "the key 3 is no tensor name"),
