@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tools.bench_report import PERCENTILES, percentile
+from tools.http_answers import BROKEN, posted, read_head, read_pieces
 
 HUNG_S = 600.0
 # Every token is this one's: random weights would else give pieces of characters, which servers hold back.
@@ -109,26 +110,17 @@ class Load:
 
 
 async def ask(target: Target, wanted: Ask) -> Seen:
-    """Send one request over a connection of its own and read its answer to the end."""
-    seen, writer = Seen(time.perf_counter()), None
+    """Send one request and read its answer to the end."""
+    seen = Seen(time.perf_counter())
     try:
-        async with asyncio.timeout(HUNG_S):
-            reader, writer = await asyncio.open_connection("127.0.0.1", target.port)
-            payload = json.dumps(target.body(wanted)).encode()
-            head = (
-                f"POST {target.path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-                f"Content-Length: {len(payload)}\r\nConnection: close\r\n\r\n"
-            )
-            writer.write(head.encode() + payload)
+        async with asyncio.timeout(HUNG_S), posted(target.port, target.path, target.body(wanted)) as reader:
             await _read(reader, seen)
     except TimeoutError:
         seen.error = f"no end within {HUNG_S:.0f} s"
-    except (OSError, ValueError, asyncio.IncompleteReadError) as error:
+    except BROKEN as error:
         seen.error = str(error) or type(error).__name__
     finally:
         seen.ended = time.perf_counter()
-        if writer is not None:
-            writer.close()
     if not seen.error and (seen.status != 200 or len(seen.tokens) != wanted.tokens):
         seen.error = f"status {seen.status}, {len(seen.tokens)} of {wanted.tokens} tokens"
     return seen
@@ -136,16 +128,14 @@ async def ask(target: Target, wanted: Ask) -> Seen:
 
 async def _read(reader: asyncio.StreamReader, seen: Seen) -> None:
     """Note the time of every event that has text."""
-    seen.status = int((await reader.readline()).split()[1])
-    chunked = False
-    while line := (await reader.readline()).strip().lower():
-        chunked |= line.startswith(b"transfer-encoding:") and line.endswith(b"chunked")
-    if not chunked:  # an error, whole
-        seen.error = f"status {seen.status}: {(await reader.read())[:300].decode(errors='replace')}"
+    seen.status, headers = await read_head(reader)
+    pieces, rest = read_pieces(reader, headers), b""
+    if headers.get("transfer-encoding", "").lower() != "chunked":  # an error, whole
+        whole = b"".join([piece async for piece in pieces])
+        seen.error = f"status {seen.status}: {whole[:300].decode(errors='replace')}"
         return
-    rest = b""
-    while size := int(await reader.readline(), 16):
-        events = (rest + (await reader.readexactly(size + 2))[:-2]).split(b"\n")
+    async for piece in pieces:
+        events = (rest + piece).split(b"\n")
         now, rest = time.perf_counter(), events.pop()
         for event in events:
             if event.startswith(b"data: {"):

@@ -14,7 +14,7 @@ from typing import Any
 from tools.bench_engine import WEIGHTS
 from tools.bench_load import Ask, Load, Seen, Target, intrude, offer, summarize
 from tools.bench_weights import Weights, answer_token, usual_tokens
-from tools.stress import MODEL_PATH, server
+from tools.own_server import MODEL_PATH, server
 
 COMPLETIONS = f"{MODEL_PATH}/1.0/v1/completions"
 LENGTH = 2048

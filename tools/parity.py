@@ -32,10 +32,11 @@ from command_line import Parser, interrupts
 from demo.tasks.write import FOLDER as TASKS
 from demo.tasks.write import PROMPTED, WHOLE_TEXTS
 from deploy.server import MODEL
+from engine.config import ConfigError
 from formats import SINKS, FormatError
 from formats.conversion import ConversionError, convert
 from formats.output import OutputError
-from tools.stress import MODEL_PATH, server
+from tools.own_server import MODEL_PATH, server
 
 PROJECT = Path(__file__).resolve().parent.parent
 DEMO_MODEL = PROJECT / "demo" / "model"
@@ -249,7 +250,7 @@ def main(argv: list[str] | None = None) -> int:
     name = "fault" if flags.fault else "table"
     try:
         rows = compare(WORK / name, flags.fault, flags.through, flags.words)
-    except (ParityError, FormatError, ConversionError, OutputError, SystemExit) as error:  # the last from the server
+    except (ParityError, FormatError, ConversionError, OutputError, ConfigError) as error:
         print(f"parity: error: {error}", file=sys.stderr)
         return 2
     title = "The demo model under lm-eval: served by TorchServe and in transformers"

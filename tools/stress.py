@@ -13,96 +13,29 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import json
 import os
 import random
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import torch
 
 from command_line import Parser, interrupts
-from deploy import processes
-from deploy.server import Record
+from engine.config import ConfigError
+from tools.http_answers import BROKEN, posted, read_head, read_pieces
+from tools.own_server import MODEL_PATH, Server, server
 
-PROJECT = Path(__file__).resolve().parent.parent
-MODEL_PATH = "/predictions/llama"
 HUNG_S = 60.0
 MEMORY_EVERY = 50  # requests
 STORY = {"prompt": "Once upon a time", "ignore_eos": True, "temperature": 0.8, "seed": 1}
-
-
-class Server:
-    """A TorchServe of our own, with everything it writes in a temporary folder."""
-
-    def __init__(self, folder: Path, *words: str) -> None:
-        self.build, self.port = folder, free_ports()
-        command = [sys.executable, "-m", "tools.serve", "start", f"PORT={self.port}", f"BUILD={folder}", *words]
-        with subprocess.Popen(
-            command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        ) as start:
-            try:
-                said, _ = start.communicate()
-            except BaseException:
-                start.terminate()  # it ends what it started
-                start.wait()
-                raise
-        if start.returncode:
-            raise SystemExit(f"stress: the server did not start:\n{said}")
-        self.mark = Record.read(folder / "serve").mark
-
-    @property
-    def ranks(self) -> list[psutil.Process]:
-        """The processes that hold the model, rank 0 first."""
-        workers = [each for each in self._matching("model_service_worker") if "LOCAL_RANK" in each.environ()]
-        return sorted(workers, key=lambda each: int(each.environ()["LOCAL_RANK"]))
-
-    @property
-    def torchruns(self) -> list[psutil.Process]:
-        """The frontend's child, which starts the ranks."""
-        return [each for each in self._matching("torchrun") if each not in self.ranks]
-
-    def _matching(self, word: str) -> list[psutil.Process]:
-        found = []
-        for process in processes.of_server(self.mark):
-            with contextlib.suppress(psutil.Error):
-                if any(word in part for part in process.cmdline()):
-                    found.append(process)
-        return found
-
-    def metric(self, name: str) -> float:
-        """One value of the metrics page, summed over its labels."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port + 2}/metrics") as page:
-            lines = page.read().decode().splitlines()
-        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"{name}{{"))
-
-    def stop(self) -> None:
-        """End it; whatever of it is left is an error."""
-        command = [sys.executable, "-m", "tools.serve", "stop", f"BUILD={self.build}"]
-        subprocess.run(command, cwd=PROJECT, capture_output=True, check=True)
-        left = processes.of_server(self.mark)
-        assert not left, f"left behind: {left}"
-
-
-@contextlib.contextmanager
-def server(*words: str) -> Iterator[Server]:
-    """A server for the time of a block."""
-    with tempfile.TemporaryDirectory(prefix="llama-stress-") as folder:
-        running = Server(Path(folder), *words)
-        try:
-            yield running
-        finally:
-            running.stop()
 
 
 @contextlib.contextmanager
@@ -114,14 +47,6 @@ def scaled_model() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="llama-scaled-") as folder:
         write_random_checkpoint(Path(folder) / "meta", "50M", dtype=torch.float32, vocab_size=768)
         yield convert(Path(folder) / "meta", Path(folder) / "dcp", max_seq_len=512, progress=False)
-
-
-def free_ports() -> int:
-    """The first of five neighbouring ports that nobody listens on."""
-    while True:
-        first = random.randrange(20000, 60000)
-        if all(processes.port_is_free("127.0.0.1", first + offset) for offset in range(5)):
-            return first
 
 
 @dataclass
@@ -137,7 +62,6 @@ class Answer:
     started: float = 0.0
     first: float = 0.0
     ended: float = 0.0
-    chunks: list[float] = field(default_factory=list)
 
     @property
     def outcome(self) -> str:
@@ -147,53 +71,27 @@ class Answer:
         return f"{self.status}{'' if self.complete else ' broken'}"
 
 
-async def post(port: int, body: dict, leave_after: float | None = None, path: str = "") -> Answer:
-    """One request over a connection of its own; with `leave_after` the client hangs up then."""
+async def post(port: int, body: dict, leave_after: float | None = None) -> Answer:
+    """One request; with `leave_after` the client hangs up then."""
     answer = Answer(started=time.perf_counter())
-    writer = None
     try:
-        async with asyncio.timeout(HUNG_S if leave_after is None else leave_after):
-            reader, writer = await asyncio.open_connection("127.0.0.1", port)
-            payload = json.dumps(body).encode()
-            head = (
-                f"POST {MODEL_PATH}{path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-                f"Content-Length: {len(payload)}\r\nConnection: close\r\n\r\n"
-            )
-            writer.write(head.encode() + payload)
-            await _read(reader, answer)
+        async with (
+            asyncio.timeout(HUNG_S if leave_after is None else leave_after),
+            posted(port, MODEL_PATH, body) as reader,
+        ):
+            answer.status, headers = await read_head(reader)
+            answer.request_id = headers.get("x-request-id", "")
+            async for piece in read_pieces(reader, headers):
+                answer.text += piece
+                answer.first = answer.first or time.perf_counter()
+            answer.complete = True
     except TimeoutError:
         answer.left, answer.hung = leave_after is not None, leave_after is None
-    except OSError:
-        pass  # the server broke the connection: the answer stays incomplete
+    except BROKEN:
+        pass  # the answer stays incomplete
     finally:
         answer.ended = time.perf_counter()
-        if writer is not None:
-            writer.transport.abort() if answer.left or answer.hung else writer.close()
     return answer
-
-
-async def _read(reader: asyncio.StreamReader, answer: Answer) -> None:
-    line = await reader.readline()
-    if not line:
-        return
-    answer.status = int(line.split()[1])
-    headers = {}
-    while line := (await reader.readline()).strip():
-        name, _, value = line.decode().partition(":")
-        headers[name.lower()] = value.strip()
-    answer.request_id = headers.get("x-request-id", "")
-    if "content-length" in headers:
-        answer.text = await reader.readexactly(int(headers["content-length"]))
-        answer.first, answer.complete = time.perf_counter(), True
-        return
-    while size := await reader.readline():
-        if not (length := int(size, 16)):
-            answer.complete = True
-            return
-        answer.text += (await reader.readexactly(length + 2))[:-2]
-        now = time.perf_counter()
-        answer.first = answer.first or now
-        answer.chunks.append(now)
 
 
 def leave(flags: argparse.Namespace) -> bool:
@@ -435,6 +333,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with interrupts():
             good = kinds[flags.kind](flags)
+    except ConfigError as error:
+        print(f"stress: error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
