@@ -14,7 +14,10 @@ import pytest
 from formats import FormatError, open_source
 from formats.hf import HFSource
 from tools import fuzz
-from tools.fuzz import KINDS, Limits, Sample, damage, described, main, make_samples
+from tools.fuzz import KINDS, described, main
+from tools.fuzz_damage import Damage, damage
+from tools.fuzz_readers import Limits
+from tools.fuzz_samples import Sample, make_samples
 
 DOZENS = 24
 SOME = 2
@@ -142,10 +145,10 @@ def test_a_planted_bug_is_found_and_the_session_goes_on(monkeypatch, samples, pl
     assert f"{SOME:,}" in report.table()
 
 
-def _nearly_whole(samples: list[Sample], kind: str, number: int, seed: int) -> tuple[Sample, fuzz.Damage]:
+def _nearly_whole(samples: list[Sample], kind: str, number: int, seed: int) -> tuple[Sample, Damage]:
     """A space more in config.json, so that the reader gets as far as it can."""
     sample = next(sample for sample in samples if sample.kind == kind)
-    return sample, fuzz.Damage({"config.json": sample.files["config.json"] + b" "}, "config.json: a space more")
+    return sample, Damage({"config.json": sample.files["config.json"] + b" "}, "config.json: a space more")
 
 
 def test_the_time_limit_ends_a_session():
