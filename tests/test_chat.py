@@ -19,19 +19,9 @@ from pathlib import Path
 import pytest
 
 from engine.config import EngineConfig, RequestError
-from tools.chat import (
-    AnswerError,
-    Chat,
-    ContextFull,
-    Figures,
-    LocalBackend,
-    Message,
-    Repl,
-    ServerBackend,
-    Settings,
-    main,
-    read_message,
-)
+from tools.chat import Repl, main, read_message
+from tools.chat_backends import AnswerError, ContextFull, Figures, LocalBackend, Message, ServerBackend, Settings
+from tools.chat_dialog import Chat
 
 PROJECT = Path(__file__).resolve().parent.parent
 FRANCE = "What is the capital of France?"

@@ -10,36 +10,25 @@ Answers go to stdout, everything else to stderr.
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import os
 import re
-import signal
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TextIO
-from urllib.parse import quote, urlsplit
+from typing import TextIO
 
 from command_line import Parser
 from engine.config import DEVICES, DTYPES, QUANTIZATIONS, EngineConfig, RequestError, nearest
-from engine.sequence import FinishReason, SamplingParams
+from engine.sequence import FinishReason
+from tools.chat_backends import OFF, AnswerError, LocalBackend, ServerBackend, Settings, one_line
+from tools.chat_dialog import Chat
 
-# What takes seconds to import (torch) or serves one backend only is imported where it is used.
 try:
     import readline
 except ImportError:  # not everywhere; lines are then edited as the terminal does it
     readline = None
 
-Message = dict[str, str]
-
-CONNECT_TIMEOUT_S = 10
-READ_TIMEOUT_S = 600  # a full queue and a long prompt may take minutes before the first token
-OFF = ("off", "none")
 BLOCK = '"""'
 DIM, RED, BOLD = "2", "31", "1"
 COMMANDS = {
@@ -58,484 +47,6 @@ COMMANDS = {
     "exit": ("", "leave, as Ctrl-D does"),
 }
 ALIASES = {"bye": "exit", "quit": "exit", "clear": "reset", "regen": "retry", "?": "help"}  # from llama.cpp and ollama
-
-
-class AnswerError(Exception):
-    """A question that got no answer, or only the beginning of one; the message is one line for the user."""
-
-
-class ContextFull(AnswerError):
-    """A dialog that is too long for the model; nothing of an answer has come yet."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How answers are drawn."""
-
-    temperature: float = 0.6
-    top_p: float = 0.9
-    max_tokens: int | None = 512
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.max_tokens is not None and not (isinstance(self.max_tokens, int) and self.max_tokens >= 1):
-            raise RequestError(f"max_tokens is {self.max_tokens!r}; it must be a whole number, at least 1, or 'off'")
-        self.sampling()
-
-    def sampling(self) -> SamplingParams:
-        """The same for the engine, which also checks it."""
-        return SamplingParams(**dataclasses.asdict(self))
-
-    def changed(self, name: str, text: str) -> Settings:
-        """These settings with one taken from what a user typed; RequestError says what is allowed."""
-        value: Any = text
-        if name in ("max_tokens", "seed") and text.lower() in OFF:
-            value = None
-        else:
-            try:
-                value = int(text) if name in ("max_tokens", "seed") else float(text)
-            except ValueError:
-                pass  # the check of the text itself has the better message
-        return dataclasses.replace(self, **{name: value})
-
-
-@dataclass
-class Figures:
-    """What is known of one answer; a backend fills in the tokens, the chat the times."""
-
-    prompt_tokens: int | None = None
-    generated_tokens: int = 0
-    finish_reason: str | None = None
-    first_s: float | None = None
-    total_s: float = 0.0
-
-    def __str__(self) -> str:
-        about = "" if self.prompt_tokens is not None else "about "  # a server that does not count for us
-        rate = self.generated_tokens / self.total_s if self.total_s else 0.0
-        first = "none" if self.first_s is None else f"{1000 * self.first_s:.0f} ms"
-        return f"{about}{self.generated_tokens} tokens, {rate:.1f} tokens/s, time to first token {first}"
-
-
-class Backend(Protocol):
-    """Where answers come from."""
-
-    label: str
-    context: int | None  # in tokens, where it is known
-
-    def answer(self, dialog: list[Message], settings: Settings, figures: Figures) -> Iterator[str]:
-        """The answer's text as it comes; closing the iterator stops it."""
-
-    def count(self, dialog: list[Message]) -> int | None:
-        """The tokens of a dialog that ends with a question, where they can be counted."""
-
-
-class HeldInterrupt:
-    """Holds Ctrl-C back until it is asked for, as half a step could lose a slot; a second one does not wait."""
-
-    def __init__(self) -> None:
-        self._heard = self._installed = False
-
-    def __enter__(self) -> HeldInterrupt:
-        in_main = threading.current_thread() is threading.main_thread()
-        if in_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            signal.signal(signal.SIGINT, self._hear)
-            self._installed = True
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._installed:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def raise_if_heard(self) -> None:
-        """Be interrupted here."""
-        if self._heard:
-            raise KeyboardInterrupt
-
-    def _hear(self, *_: object) -> None:
-        if self._heard:
-            raise KeyboardInterrupt
-        self._heard = True
-
-
-class LocalBackend:
-    """A converted checkpoint in this process."""
-
-    def __init__(self, checkpoint: Path | None, config: EngineConfig) -> None:
-        from generate import LLM, demo_checkpoint
-
-        self.llm = LLM(checkpoint or demo_checkpoint(), config)
-        limits = self.llm.engine.limits
-        self.context: int | None = limits.max_seq_len
-        name = "the embedded demo model" if checkpoint is None else str(checkpoint)
-        self.label = f"{name}, context of {self.context} tokens"
-
-    def answer(self, dialog: list[Message], settings: Settings, figures: Figures) -> Iterator[str]:
-        """Step the engine for one sequence; whoever stops early leaves its slot free."""
-        from tokenizing import StreamDecoder
-
-        engine, tokenizer = self.llm.engine, self.llm.tokenizer
-        with HeldInterrupt() as interrupt:
-            prompt = self._encode(dialog)
-            try:
-                sequence = engine.add(prompt, settings.sampling(), tokenizer.stop_ids)
-            except RequestError as error:
-                raise (ContextFull if len(prompt) >= self.context else AnswerError)(str(error)) from None
-            figures.prompt_tokens = len(prompt)
-            decoder = StreamDecoder(tokenizer, strip_leading_space=tokenizer.answer_begins_with_space)
-            try:
-                while not sequence.finished:
-                    interrupt.raise_if_heard()
-                    for output in engine.step():
-                        if output.token is not None:
-                            figures.generated_tokens += 1
-                        if output.token is not None and output.token not in sequence.stop_ids:
-                            yield decoder.push(output.token)
-                yield decoder.finish()
-            finally:
-                engine.cancel(sequence)
-        figures.finish_reason = sequence.finish_reason
-        if sequence.error:
-            raise AnswerError(sequence.error)
-
-    def count(self, dialog: list[Message]) -> int | None:
-        """As the model is given it."""
-        return len(self._encode(dialog))
-
-    def _encode(self, dialog: list[Message]) -> list[int]:
-        from tokenizing import DialogError, TokenizerError
-
-        try:
-            return self.llm.tokenizer.encode_dialog(dialog)
-        except (DialogError, TokenizerError) as error:
-            raise AnswerError(str(error)) from None
-
-
-class ServerBackend:
-    """OpenAI's chat completions over HTTP, streamed."""
-
-    context: int | None = None
-
-    def __init__(self, server: str, model: str, token: str | None = None) -> None:
-        try:
-            import requests
-        except ImportError:
-            raise RequestError("--server needs the package 'requests'; pip install requests") from None
-        self._errors = requests.exceptions
-        server = server.rstrip("/") if "://" in server else f"http://{server.rstrip('/')}"
-        try:
-            parts = urlsplit(server)
-            usable = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
-        except ValueError:  # a port that is none
-            usable = False
-        if not usable:
-            raise RequestError(f"--server is {server!r}; it must be a URL such as http://127.0.0.1:8080")
-        if token and not (token.isascii() and token.isprintable()):
-            raise RequestError("the token holds characters that no HTTP header can carry")
-        # The base URL of any OpenAI client is taken as it is.
-        self.base = server if server.endswith("/v1") else f"{server}/predictions/{quote(model, safe='')}/1.0/v1"
-        self.label = f"{model} at {server}"
-        self._model = model
-        self._session = requests.Session()
-        # A proxy is no way to this machine.
-        self._session.trust_env = parts.hostname not in ("localhost", "127.0.0.1", "::1")
-        self._session.headers.update({"Connection": "close", "Accept-Encoding": "identity"})
-
-        def authorize(request: requests.PreparedRequest) -> requests.PreparedRequest:
-            if token:
-                request.headers["Authorization"] = f"Bearer {token}"
-            return request
-
-        self._session.auth = authorize  # and not a header, which a .netrc would overrule
-
-    def answer(self, dialog: list[Message], settings: Settings, figures: Figures) -> Iterator[str]:
-        """One request; leaving early closes its connection, by which the server knows to stop."""
-        options = {name: value for name, value in dataclasses.asdict(settings).items() if value is not None}
-        body = {"model": self._model, "messages": dialog, "stream": True, "stream_options": {"include_usage": True}}
-        with closing(self._request("POST", "/chat/completions", json={**body, **options})) as response:
-            kind = response.headers.get("Content-Type", "none")
-            if "text/event-stream" not in kind:
-                raise AnswerError(f"the server did not stream: Content-Type is {kind}, text/event-stream was expected")
-            # Chunks are passed on as they come; a body without them would be waited for until the size is reached.
-            size = 1 << 16 if getattr(response.raw, "chunked", False) else 1
-            try:
-                yield from _read_answer(_events(response.iter_content(size)), figures)
-            except self._errors.RequestException:
-                raise AnswerError("the connection broke in the middle of the answer") from None
-
-    def count(self, dialog: list[Message]) -> int | None:
-        """Asked of the server, where it has such an endpoint."""
-        try:
-            with closing(self._request("POST", "/tokenize", CONNECT_TIMEOUT_S, json={"messages": dialog})) as response:
-                count = response.json()["count"]
-        except (AnswerError, self._errors.RequestException, ValueError, KeyError, TypeError):
-            return None
-        return count if isinstance(count, int) else None
-
-    def check(self) -> None:
-        """Raise AnswerError if the server cannot be asked, or does not want to be."""
-        self._request("GET", "/models", read_timeout_s=CONNECT_TIMEOUT_S).close()
-
-    def _request(self, method: str, path: str, read_timeout_s: float = READ_TIMEOUT_S, **options: Any) -> Any:
-        """Send a request; any answer but a good one is an error."""
-        timeout = (CONNECT_TIMEOUT_S, read_timeout_s)
-        self._session.close()  # one connection per question: an idle one may have been closed by the other side
-        try:
-            response = self._session.request(
-                method, self.base + path, stream=True, timeout=timeout, allow_redirects=False, **options
-            )
-            if response.status_code != 200:
-                raise _refusal(response)
-            return response
-        except self._errors.Timeout:
-            raise AnswerError(f"{self.base}: no answer in time") from None
-        except self._errors.RequestException as error:
-            raise AnswerError(f"{self.base}: cannot be reached: {_cause(error)}") from None
-
-
-def _events(chunks: Iterable[bytes]) -> Iterator[str]:
-    """The data of server-sent events; a character or a line may be spread over several chunks."""
-    rest, data = b"", []
-    for chunk in chunks:
-        *lines, rest = (rest + chunk).split(b"\n")
-        for line in lines:
-            line = line.removesuffix(b"\r")
-            if line.startswith(b"data:"):
-                data.append(line[5:].removeprefix(b" ").decode(errors="replace"))
-            elif not line and data:
-                yield "\n".join(data)
-                data = []
-    if data:
-        yield "\n".join(data)
-
-
-def _read_answer(events: Iterable[str], figures: Figures) -> Iterator[str]:
-    """The text of a streamed completion."""
-    for event in events:
-        if event.strip() == "[DONE]":
-            return
-        try:
-            value = json.loads(event)
-            if value.get("error"):
-                raise AnswerError(f"the server gave up: {_message_of(value)}")
-            for choice in value.get("choices") or ():
-                figures.finish_reason = choice.get("finish_reason") or figures.finish_reason
-                text = (choice.get("delta") or {}).get("content") or ""
-                # JSON can spell half a surrogate pair, which no terminal or file takes.
-                text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-                figures.generated_tokens += bool(text)
-                yield text
-            if usage := value.get("usage"):
-                figures.prompt_tokens = int(usage["prompt_tokens"])
-                figures.generated_tokens = int(usage["completion_tokens"])
-        except (ValueError, AttributeError, TypeError, KeyError):
-            raise AnswerError(f"the server sent what no chat completion holds: {_one_line(event)}") from None
-    if figures.finish_reason is None:
-        raise AnswerError("the server's stream ended in the middle of the answer")
-
-
-def _refusal(response: Any) -> AnswerError:
-    """The error that an HTTP status and its body make."""
-    with closing(response):
-        text = next(response.iter_content(1 << 16), b"").decode(errors="replace")
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = text
-    message = _message_of(value) or response.reason or "no reason given"
-    advice = ""
-    if response.status_code in (401, 403) or "Authorization" in message:  # TorchServe says 400
-        advice = "; give --token, or set LLAMA_TOKEN"
-    elif response.headers.get("Retry-After", "").isdigit():
-        advice = f"; try again in {response.headers['Retry-After']} s"
-    elif 300 <= response.status_code < 400:
-        advice = f"; it points to {_one_line(response.headers.get('Location', 'nowhere'))}"
-    # OpenAI's code for it, or words of our server, llama.cpp's and vLLM's.
-    long = "context_length_exceeded" in text or re.search(r"max_seq_len|context (length|size|window)", message)
-    kind = ContextFull if response.status_code in (400, 413) and long else AnswerError
-    return kind(f"the server refused (HTTP {response.status_code}): {message}{advice}")
-
-
-def _message_of(value: Any) -> str:
-    """The message in an error body: OpenAI's, or TorchServe's own without the frame."""
-    error = value.get("error", value) if isinstance(value, dict) else value
-    return _one_line(str(error.get("message", error) if isinstance(error, dict) else error))
-
-
-def _one_line(text: str, longest: int = 300) -> str:
-    words = " ".join(text.split())
-    return words if len(words) <= longest else words[:longest] + "..."
-
-
-def _cause(error: BaseException) -> str:
-    """What the operating system said, under the layers of the HTTP library."""
-    innermost: BaseException | None = error
-    while innermost is not None:
-        if type(innermost).__module__ in ("builtins", "socket", "ssl") and getattr(innermost, "strerror", None):
-            return str(innermost.strerror)
-        innermost = innermost.__cause__ or innermost.__context__
-    return _one_line(str(error))
-
-
-class Chat:
-    """A dialog, how to go on with it, and who answers; `notice` hears what the user should know."""
-
-    def __init__(
-        self,
-        backend: Backend,
-        settings: Settings | None = None,
-        system: str | None = None,
-        notice: Callable[[str], None] = lambda _: None,
-    ) -> None:
-        self.backend, self.settings, self.system, self.notice = backend, settings or Settings(), system, notice
-        self.history: list[Message] = []  # questions and answers in turn
-        self.unanswered: str | None = None  # the last question, if it failed
-        self.figures = Figures()
-        self._size: int | None = None  # the history's tokens, as far as the last answer told
-
-    @property
-    def dialog(self) -> list[Message]:
-        """The system prompt and the history."""
-        return self._with_system(self.history)
-
-    def ask(self, question: str) -> Iterator[str]:
-        """The answer as it comes: stopped by the user its beginning is kept, after an error not even the question."""
-        self.unanswered, self._size = question, None
-        asked = {"role": "user", "content": question}
-        pieces: list[str] = []
-        complete = False
-        started = time.perf_counter()
-        try:
-            with closing(self._answer(asked)) as texts:
-                for text in filter(None, texts):
-                    self.figures.first_s = self.figures.first_s or time.perf_counter() - started
-                    pieces.append(text)
-                    yield text
-            complete = True
-        except Exception:
-            pieces.clear()
-            raise
-        finally:
-            figures = self.figures
-            figures.total_s = time.perf_counter() - started
-            if complete or pieces:
-                self.history += [asked, {"role": "assistant", "content": "".join(pieces)}]
-                self.unanswered = None
-                if figures.prompt_tokens is not None:
-                    self._size = figures.prompt_tokens + figures.generated_tokens
-
-    def retry(self) -> Iterator[str]:
-        """Ask the last question again; what was answered before is back if nothing comes."""
-        if self.unanswered is not None:
-            yield from self.ask(self.unanswered)
-            return
-        if not self.history:
-            raise AnswerError("there is no question yet")
-        before = self.history[-2:]
-        del self.history[-2:]
-        try:
-            yield from self.ask(before[0]["content"])
-        finally:
-            if self.unanswered is not None:
-                self.history += before
-                self.unanswered = None
-
-    def undo(self) -> str | None:
-        """Drop the last exchange; its question, or None where there was none."""
-        if self.unanswered is not None or not self.history:
-            dropped, self.unanswered = self.unanswered, None
-            return dropped
-        dropped, self._size = self.history[-2]["content"], None
-        del self.history[-2:]
-        return dropped
-
-    def reset(self) -> None:
-        """Start over, with the same system prompt and settings."""
-        self.history, self.unanswered, self._size = [], None, None
-
-    def size(self) -> int | None:
-        """The tokens of the dialog, if they are known."""
-        if self._size is None and self.dialog:
-            self._size = self.backend.count([*self.dialog, {"role": "user", "content": ""}])
-        return self._size if self.dialog else 0
-
-    def save(self, path: str) -> None:
-        """Write the dialog; only another dialog is overwritten."""
-        if not self.history:
-            raise AnswerError("there is nothing to save yet")
-        target = Path(os.path.expanduser(path))
-        if os.path.exists(target):
-            try:
-                _read_dialog(target)
-            except AnswerError:
-                raise AnswerError(f"{target}: exists and holds no dialog; choose another name") from None
-        try:
-            target.write_text(json.dumps(self.dialog, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise AnswerError(f"{target}: cannot be written: {error.strerror}") from None
-
-    def load(self, path: str) -> None:
-        """Go on with the dialog of a file; a question at its end waits for `retry`."""
-        dialog = _read_dialog(Path(os.path.expanduser(path)))
-        self.reset()
-        self.system = dialog.pop(0)["content"] if dialog[0]["role"] == "system" else None
-        if dialog[-1]["role"] == "user":
-            self.unanswered = dialog.pop()["content"]
-        self.history = dialog
-
-    def _answer(self, asked: Message) -> Iterator[str]:
-        """Answer, without the oldest exchanges where the context is too small for all."""
-        history = list(self.history)
-        while True:
-            self._make_room(history, asked)
-            self.figures = Figures()
-            dialog = self._with_system([*history, asked])
-            try:
-                with closing(self.backend.answer(dialog, self.settings, self.figures)) as texts:
-                    for text in texts:
-                        if text:
-                            self._forget_down_to(history)
-                        yield text
-                self._forget_down_to(history)
-                return
-            except ContextFull as error:
-                if not history:  # what was dropped in vain is not forgotten
-                    raise AnswerError(f"{error}; shorten the message, or the system prompt") from None
-                del history[:2]
-
-    def _make_room(self, history: list[Message], asked: Message) -> None:
-        """Drop the oldest exchanges until an answer has room, as far as the backend can count."""
-        context = self.backend.context
-        if context is None:
-            return
-        room = min(self.settings.max_tokens or context, context // 4)
-        while history and (self.backend.count(self._with_system([*history, asked])) or 0) + room > context:
-            del history[:2]
-
-    def _forget_down_to(self, history: list[Message]) -> None:
-        dropped = (len(self.history) - len(history)) // 2
-        if dropped:
-            self.history = list(history)
-            what = "exchange was" if dropped == 1 else f"{dropped} exchanges were"
-            self.notice(f"the context is full: the oldest {what} dropped")
-
-    def _with_system(self, messages: list[Message]) -> list[Message]:
-        return [*([{"role": "system", "content": self.system}] if self.system else []), *messages]
-
-
-def _read_dialog(path: Path) -> list[Message]:
-    """The one dialog of a file, whether it ends with a question or an answer."""
-    from generate import read_dialogs
-    from tokenizing import check_dialog
-
-    try:
-        dialogs = [body["dialog"] for body in read_dialogs(os.path.abspath(path))]  # in full, as it takes '-' for stdin
-        if len(dialogs) != 1:
-            raise AnswerError(f"{path}: holds {len(dialogs)} dialogs; a chat goes on with one")
-        answered = dialogs[0] and isinstance(dialogs[0][-1], dict) and dialogs[0][-1].get("role") == "assistant"
-        check_dialog(dialogs[0] + ([{"role": "user", "content": ""}] if answered else []))
-    except (ValueError, RecursionError) as error:  # of which all errors in files and dialogs are
-        raise AnswerError(_one_line(str(error))) from None
-    return [{"role": message["role"], "content": message["content"]} for message in dialogs[0]]
 
 
 def read_message(read_line: Callable[[str], str]) -> tuple[str, bool]:
@@ -699,7 +210,7 @@ class Repl:
             return
         usage = COMMANDS[name][0]
         if argument and not usage:
-            self.fail(f"/{name} stands alone, without {_one_line(argument, 40)!r}")
+            self.fail(f"/{name} stands alone, without {one_line(argument, 40)!r}")
         elif usage == "FILE" and not argument:
             self.fail(f"/{name} needs the name of a file")
         elif name in Settings.__dataclass_fields__:
@@ -732,7 +243,7 @@ class Repl:
 
     def _do_undo(self, _: str) -> None:
         dropped = self.chat.undo()
-        self.note("there is nothing to undo" if dropped is None else f"dropped: {_one_line(dropped, 60)}")
+        self.note("there is nothing to undo" if dropped is None else f"dropped: {one_line(dropped, 60)}")
 
     def _do_retry(self, _: str) -> None:
         settings = self.chat.settings
@@ -867,7 +378,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             repl = start(flags)
         except (ValueError, OSError) as error:  # settings, files, formats and tokenizers all raise one of the two
-            print(f"chat: error: {_one_line(str(error), 1000)}", file=sys.stderr)
+            print(f"chat: error: {one_line(str(error), 1000)}", file=sys.stderr)
             return 1
         return repl.run()
     except KeyboardInterrupt:
