@@ -15,29 +15,7 @@ from typing import Protocol
 from sentencepiece import SentencePieceProcessor
 
 import tokenizing
-from tokenizing import (
-    MAX_MODEL_BYTES,
-    Dialog,
-    DialogError,
-    Message,
-    StreamDecoder,
-    TokenizerError,
-    check_dialog,
-    read_file,
-)
-
-# What all tokenizers share can be had from here too.
-__all__ = [
-    "MAX_MODEL_BYTES",
-    "Dialog",
-    "DialogError",
-    "Message",
-    "PieceModel",
-    "StreamDecoder",
-    "Tokenizer",
-    "TokenizerError",
-    "check_dialog",
-]
+from tokenizing import Dialog, TokenizerError, check_dialog, read_file
 
 _MARKER = "\u2581"
 _TAGS = (b"[INST]", b"[/INST]", b"<<SYS>>", b"<</SYS>>")

@@ -194,7 +194,6 @@ class StreamDecoder:
         if isinstance(stop, str) or not all(text and isinstance(text, str) for text in stop):
             raise TokenizerError(f"stop must be a list of strings that are not empty, not {short_repr(stop)}")
         self.stopped = False
-        self.stop_string: str | None = None
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._stops = [_StopString(text) for text in stop]
@@ -223,15 +222,12 @@ class StreamDecoder:
             new = new.removeprefix(" ")
             self._strips = False
         text = self._held + new
-        matches = []
-        for stop in self._stops:
-            if (end := stop.find_end(new)) is not None:
-                matches.append((len(self._held) + end - len(stop.text), -len(stop.text), stop.text))
-        if matches:
-            start, _, self.stop_string = min(matches)  # the earliest start and, of two there, the longer
+        ends = [(stop, stop.find_end(new)) for stop in self._stops]
+        starts = [len(self._held) + end - len(stop.text) for stop, end in ends if end is not None]
+        if starts:
             self.stopped = True
             self._held = ""
-            return text[:start]
+            return text[: min(starts)]
         certain = len(text) - max((stop.matched for stop in self._stops), default=0)
         self._held = text[certain:]
         return text[:certain]

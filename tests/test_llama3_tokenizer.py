@@ -34,7 +34,7 @@ from handler.protocol import understand
 from handler.responses import Choice, Reply, Usage
 from handler.session import Session
 from tokenizing import MAX_MODEL_BYTES, DialogError, StreamDecoder, Tokenizer, TokenizerError, load_tokenizer
-from tools.chat import Figures, LocalBackend, Settings
+from tools.chat_backends import Figures, LocalBackend, Settings
 
 PROJECT = Path(__file__).resolve().parent.parent
 LLAMA3_KINDS = KINDS[2:]
@@ -350,7 +350,7 @@ def test_a_character_over_several_tokens_and_a_stop_string_in_a_stream(kind, loa
     decoder = StreamDecoder(loaded[kind], ["stop"], strip_leading_space=False)
     ids = [ranks[bytes([byte])] for byte in "é😀 st".encode()] + [ranks[b"o"], ranks[b"p"], ranks[b"x"]]
     assert [decoder.push(id) for id in ids] == ["", "é", "", "", "", "😀", " ", *[""] * 5]
-    assert decoder.stop_string == "stop"
+    assert decoder.stopped
 
 
 # --- bad files

@@ -21,7 +21,8 @@ from handler.generation import Generation, Service
 from handler.openai_format import token_text
 from handler.protocol import understand
 from handler.responses import Choice, Piece, Reply, Usage, error_reply, to_json
-from llama2_tokenizer import StreamDecoder, Tokenizer
+from llama2_tokenizer import Tokenizer
+from tokenizing import StreamDecoder
 
 COMPLETIONS, CHAT = "v1/completions", "v1/chat/completions"
 USER = {"role": "user", "content": "Hello there"}
