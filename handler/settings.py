@@ -140,15 +140,15 @@ def parse(model_yaml: Mapping[str, Any], model_dir: Path) -> HandlerSettings:
     if section is None:
         raise ConfigError(f"{WHERE}: the section 'handler' is missing; it needs at least: converted_ckpt_dir: FOLDER")
     settings = from_mapping(HandlerSettings, section, SECTION)
-    folder, own = model_dir / settings.converted_ckpt_dir, settings.model_args_path
+    folder = model_dir / settings.converted_ckpt_dir
     resolved = dataclasses.replace(
         settings,
         converted_ckpt_dir=folder,
-        tokenizer_path=None if settings.tokenizer_path is None else model_dir / settings.tokenizer_path,
-        model_args_path=folder / "model_args.json" if own is None else model_dir / own,
+        tokenizer_path=settings.tokenizer_path and model_dir / settings.tokenizer_path,
+        model_args_path=settings.model_args_path and model_dir / settings.model_args_path,
     )
     check_frontend(model_yaml, resolved)
-    if settings.model_args_path is not None:
+    if resolved.model_args_path is not None:
         _check_model_args(resolved.model_args_path, folder / "model_args.json")
     return resolved
 

@@ -45,7 +45,7 @@ def test_paths_start_at_the_model_folder_and_default_to_the_checkpoint() -> None
     settings = parse(config(), MODEL_DIR)
     assert settings.converted_ckpt_dir == MODEL_DIR / "weights"
     assert settings.tokenizer_path is None  # the checkpoint knows which file it has
-    assert settings.model_args_path == MODEL_DIR / "weights" / "model_args.json"
+    assert settings.model_args_path is None
     absolute = parse(config({"converted_ckpt_dir": "/data/7b", "tokenizer_path": "own.model"}), MODEL_DIR)
     assert absolute.converted_ckpt_dir == Path("/data/7b")
     assert absolute.tokenizer_path == MODEL_DIR / "own.model"
