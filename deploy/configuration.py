@@ -140,7 +140,7 @@ class Plan:
 
 def plan_model(options: Options) -> Plan:
     """Settle the checkpoint and all settings; whatever cannot work is refused here, before anything starts."""
-    model_config = _read_yaml(options.config)
+    model_config = read_yaml(options.config)
     handler = _section(model_config, "handler")
     if options.checkpoint is not None and options.config == MODEL_CONFIG:
         handler["max_batch_size"] = None  # the number in that file is the demo model's
@@ -172,7 +172,8 @@ def plan_model(options: Options) -> Plan:
     return Plan(options, folder, model_config)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A file of settings."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

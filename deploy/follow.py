@@ -12,19 +12,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from command_line import Parser
+from deploy.configuration import read_yaml
 from engine.config import ConfigError
 from handler.settings import parse
 
 
 def read(path: Path) -> Mapping[str, Any]:
-    """The first machine's model-config.yaml."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    """The first machine's model-config.yaml, checked."""
+    content = read_yaml(path)
     parse(content, path.parent)
     if not content.get("torchrun") or content["torchrun"].get("nnodes", 1) < 2:
         raise ConfigError(f"{path}: torchrun.nnodes is 1, so there is nothing to join")
