@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from engine.checkpoint import TOKENIZERS
 from llama2 import ModelArgs
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # A config that asks for billions of layers must not fill the memory with their names.
 MOST_LAYERS = 10_000
 
-TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 # What belongs to a tokenizer's file, where it is there: all that `read_vocabulary` looks at.
 TOKENIZER_SETTINGS = (
     "tokenizer.json",

@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from command_line import Parser, interrupts
+from deploy.configuration import PROJECT
 from engine.config import DEVICES, KERNELS, ConfigError
 from engine.parallel import Launch, choose_device
 from tools.bench_engine import WEIGHTS, EngineBench, costs, model_args, random_engine, settings
 from tools.bench_load import LoadError
-from tools.bench_machine import PROJECT, Machine, measure_gpu, measure_machine
+from tools.bench_machine import Machine, measure_gpu, measure_machine
 from tools.bench_report import ENGINE, SERVICE, NoPictures, draw, write_csv, write_json
 from tools.bench_service import LENGTH, ServiceBench, Shape, torchserve
 from tools.bench_weights import FOLDER, Weights

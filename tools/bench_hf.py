@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from command_line import Parser
+from deploy.configuration import PROJECT
 from tools.bench_engine import model_args
-from tools.bench_machine import PROJECT
 from tools.random_checkpoint import SHAPES
 
 

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
+from deploy.configuration import PROJECT
 from engine.cpu.library import COMPILERS
 
-PROJECT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "numpy", "transformers", "torchserve")
 # Many times the last-level cache of any machine, so that all of it comes from memory.
 READ_BYTES, GPU_READ_BYTES = 1 << 30, 1 << 32

@@ -24,10 +24,11 @@ from typing import Any
 from tqdm import tqdm
 
 from command_line import Parser, interrupts
+from deploy.configuration import PROJECT
 from engine.config import ConfigError
 from engine.loader import available_memory
 from tools import peers
-from tools.bench import FOLDER, PROJECT, add_common, check_threads
+from tools.bench import add_common, check_threads
 from tools.bench_engine import EngineBench, Run, costs, model_args, random_engine, settings
 from tools.bench_hf import Transformers, TransformersError
 from tools.bench_llamacpp import LlamaCpp
@@ -35,7 +36,7 @@ from tools.bench_load import LoadError, Target
 from tools.bench_machine import Machine, measure_machine
 from tools.bench_report import Table, write_json
 from tools.bench_service import LENGTH, ServiceBench, Shape, torchserve
-from tools.bench_weights import GGUF_TYPES, Weights, answer_token
+from tools.bench_weights import FOLDER, GGUF_TYPES, Weights, answer_token
 
 PARTS = ("llamacpp", "hf", "http")
 BATCHES, PROMPT, TOKENS, LONG_PROMPT = (1, 8, 16), 64, 32, 512

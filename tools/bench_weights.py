@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
+from deploy.configuration import PROJECT
 from formats.conversion import convert
 from tokenizing import load_tokenizer
-from tools.bench_machine import PROJECT
 from tools.random_checkpoint import DEMO_TOKENIZER, write_random_checkpoint
 
 FOLDER = PROJECT / "build" / "bench"

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from command_line import Parser
+from engine.checkpoint import TOKENIZERS
 from engine.config import ConfigError
 from engine.engine import Engine
 from engine.loader import FLOAT32_LIMIT_BYTES, Limits, available_memory
@@ -225,7 +226,7 @@ def _tokenizer(source: Source) -> Tokenizer | None:
     with tempfile.TemporaryDirectory(prefix="llama-check-") as folder:
         for name, content in files.items():
             Path(folder, name).write_bytes(content)
-        return load_tokenizer(Path(folder, next(n for n in ("tokenizer.model", "tokenizer.json") if n in files)))
+        return load_tokenizer(Path(folder, next(name for name in TOKENIZERS if name in files)))
 
 
 def _fits_float32(source: Source) -> bool:

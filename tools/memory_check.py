@@ -21,11 +21,11 @@ from pathlib import Path
 import torch
 
 from command_line import Parser
+from deploy.configuration import PROJECT
 from engine.checkpoint import open_checkpoint, read_tensors
 from llama2 import Transformer
 from tools.random_checkpoint import SHAPES, VOCABULARY, write_random_checkpoint
 
-ROOT = Path(__file__).parent.parent
 CONVERSION_LIMIT = 2e9
 LOADING_LIMIT = 1.1
 _EVERY_S = 0.02
@@ -49,7 +49,7 @@ class Usage:
 def measure(command: list[str]) -> Usage:
     """Run a command and watch its memory until it ends."""
     started, before, peaks = time.monotonic(), _cpu_of_children(), {"RssAnon": 0, "VmHWM": 0}
-    with subprocess.Popen(command, cwd=ROOT) as process:
+    with subprocess.Popen(command, cwd=PROJECT) as process:
         while process.poll() is None:
             try:
                 lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()

@@ -31,15 +31,15 @@ from tqdm import tqdm
 from command_line import Parser, interrupts
 from demo.tasks.write import FOLDER as TASKS
 from demo.tasks.write import PROMPTED, WHOLE_TEXTS
+from deploy.configuration import PROJECT
 from deploy.server import MODEL
 from engine.config import ConfigError
 from formats import SINKS, FormatError
 from formats.conversion import ConversionError, convert
 from formats.output import OutputError
+from generate import DEMO_MODEL
 from tools.own_server import MODEL_PATH, server
 
-PROJECT = Path(__file__).resolve().parent.parent
-DEMO_MODEL = PROJECT / "demo" / "model"
 WORK = PROJECT / "build" / "parity"
 LM_EVAL = "lm-eval[api,hf]==0.4.13"
 

@@ -21,8 +21,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
 from command_line import Parser
+from deploy.configuration import PROJECT
 
-PROJECT = Path(__file__).resolve().parent.parent
 PEERS = PROJECT / "build" / "peers"
 
 # This source distribution holds the whole of llama.cpp as of 1 October 2026, its programs included.

@@ -23,7 +23,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from command_line import Parser
-from formats.hf import INDEX, SINGLE, hf_name
+from deploy.configuration import PROJECT
+from engine.checkpoint import CHECKPOINT_DTYPES
+from formats.hf import DTYPE_NAMES, INDEX, SINGLE, hf_name
 from formats.meta import SHARDED_DIMENSIONS
 from llama2 import ModelArgs
 
@@ -43,9 +45,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 VOCABULARY = 32000
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-DEMO_TOKENIZER = Path(__file__).parent.parent / "demo" / "model" / "tokenizer.model"
+DEMO_TOKENIZER = PROJECT / "demo" / "model" / "tokenizer.model"
 
 _BLOCK = 1 << 22
 _PAGE = 4096
@@ -130,7 +130,7 @@ def _write_safetensors(path: Path, shapes: dict[str, tuple[int, ...]], noise: No
     header, end = {}, 0
     for name, shape in shapes.items():
         start, end = end, end + math.prod(shape) * noise.dtype.itemsize
-        header[name] = {"dtype": SAFETENSORS_DTYPES[noise.dtype], "shape": shape, "data_offsets": [start, end]}
+        header[name] = {"dtype": DTYPE_NAMES[noise.dtype], "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
@@ -168,7 +168,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--shape", choices=list(SHAPES), default="7B", help="model size (default: %(default)s)")
     parser.add_argument("--format", choices=("meta", "hf"), default="meta", help="layout (default: %(default)s)")
     parser.add_argument("--shards", type=int, default=1, metavar="N", help="number of files (default: %(default)s)")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="float16", help="(default: %(default)s)")
+    parser.add_argument("--dtype", choices=list(CHECKPOINT_DTYPES), default="float16", help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="for other numbers (default: %(default)s)")
     parser.add_argument(
         "--tokenizer", type=Path, default=DEMO_TOKENIZER, metavar="FILE", help="tokenizer.model to copy"
@@ -180,7 +180,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--shards is {options.shards}; it must divide the {SHAPES[options.shape]['n_heads']} heads")
     if not options.tokenizer.is_file():
         parser.error(f"{options.tokenizer}: no such file; name a tokenizer.model with --tokenizer")
-    dtype = DTYPES[options.dtype]
+    dtype = CHECKPOINT_DTYPES[options.dtype]
     write_random_checkpoint(
         options.folder, options.shape, options.format, options.shards, dtype, options.seed, options.tokenizer
     )
