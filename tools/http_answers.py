@@ -36,11 +36,12 @@ async def read_head(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:
     line = await reader.readline()
     if not line:
         raise ConnectionError("the connection was closed without an answer")
-    status, headers = int(line.split()[1]), {}
+    _, status, *_ = line.split()
+    headers = {}
     while line := (await reader.readline()).strip():
         name, _, value = line.decode().partition(":")
         headers[name.lower()] = value.strip()
-    return status, headers
+    return int(status), headers
 
 
 async def read_pieces(reader: asyncio.StreamReader, headers: dict[str, str]) -> AsyncIterator[bytes]:

@@ -22,8 +22,11 @@ import torch
 
 from command_line import Parser
 from deploy.configuration import PROJECT
-from engine.checkpoint import open_checkpoint, read_tensors
-from llama2 import Transformer
+from engine.checkpoint import open_checkpoint
+from engine.config import EngineConfig
+from engine.loader import Limits
+from engine.parallel import Launch, Ranks
+from engine.runner import load_runner
 from tools.random_checkpoint import SHAPES, VOCABULARY, write_random_checkpoint
 
 CONVERSION_LIMIT = 2e9
@@ -73,10 +76,9 @@ def _cpu_of_children() -> float:
 def load(folder: Path) -> None:
     """Load a converted checkpoint in bfloat16, as a server on one rank does."""
     checkpoint = open_checkpoint(folder, verify=False)
-    with torch.device("meta"):
-        model = Transformer(checkpoint.args).to(torch.bfloat16)
-    model.to_empty(device="cpu")
-    read_tensors(checkpoint, dict(model.named_parameters()))
+    config = EngineConfig(dtype="bfloat16", max_seq_len=16, max_batch_size=1, max_tokens_per_step=16)
+    limits = Limits.settle(config, checkpoint.args, "cpu")
+    load_runner(checkpoint, limits, Ranks(Launch(), "cpu", checkpoint.args))
 
 
 def main(argv: list[str] | None = None) -> int:
