@@ -26,11 +26,11 @@ class DeviceError(ConfigError):
 
 
 class RequestError(ValueError):
-    """One request that cannot be served, with the HTTP status and the parameter at fault."""
+    """One request that cannot be served: why, the parameter at fault, the HTTP status and OpenAI's word for it."""
 
-    def __init__(self, message: str, param: str | None = None, status: int = 400) -> None:
+    def __init__(self, message: str, param: str | None = None, status: int = 400, code: str | None = None) -> None:
         super().__init__(message)
-        self.message, self.param, self.status = message, param, status
+        self.message, self.param, self.status, self.code = message, param, status, code
 
 
 def from_mapping(cls: type[T], mapping: Mapping[str, Any], where: str) -> T:

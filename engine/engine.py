@@ -127,6 +127,7 @@ class Engine:
                 f"the prompt has {len(prompt)} tokens; with max_seq_len {longest} at most "
                 f"{longest if scoring else longest - 1} fit",
                 "prompt",
+                code="context_length_exceeded",
             )
         for name, ids in (("prompt", prompt), ("logit_bias", params.logit_bias), ("stop_ids", params.stop_ids)):
             for token in ids:

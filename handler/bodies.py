@@ -20,6 +20,7 @@ MAX_NAME = 64  # characters of an unknown name that an error repeats
 _STRING = re.compile(r'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 _BRACKET = re.compile(r"[][{}]")
 _STEP = {"[": 1, "{": 1, "]": -1, "}": -1}
+NOTHING = ("", [], {})  # what asks for nothing where something is not supported
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -96,7 +97,10 @@ def is_whole(value: object) -> bool:
 
 
 class Fields:
-    """The members of a JSON object, read by type; null counts as absent, and a name that is not allowed is refused."""
+    """The members of a JSON object, read by type; a name that is not allowed is refused.
+
+    null counts as absent, and so does, of what is not supported, all that is empty: it asks for nothing.
+    """
 
     def __init__(
         self,
@@ -105,7 +109,11 @@ class Fields:
         unsupported: Collection[str] = (),
         where: str = "",
     ) -> None:
-        self._values = {name: value for name, value in values.items() if value is not None}
+        self._values = {
+            name: value
+            for name, value in values.items()
+            if value is not None and not (name in unsupported and value in NOTHING)
+        }
         self._where = where
         for name in self._values:
             if name in allowed:

@@ -45,6 +45,7 @@ class Generation:
     """A request that needs the engine; choice k of prompt p has the number p * n + k."""
 
     prompts: tuple[tuple[int, ...], ...]
+    content: str  # what the body calls them
     n: int
     params: SamplingParams
     stop: tuple[str, ...]
@@ -70,7 +71,7 @@ def sampling_params(
         values["ignore_eos"] = fields.flag("ignore_eos")
     if "logit_bias" in fields:
         values["logit_bias"] = _logit_bias(fields, service.vocab_size)
-    if "stop_token_ids" in fields:
+    if fields.get("stop_token_ids") not in (None, []):
         values["stop_ids"] = frozenset(_stop_ids(fields, service.vocab_size))
     values = {name: value for name, value in values.items() if value is not None}
     params = SamplingParams(max_tokens=max_tokens, **values, **logprobs)
@@ -142,5 +143,8 @@ def check_model(model: object, service: Service) -> None:
     if not isinstance(model, str):
         raise RequestError(f"model is {short_repr(model)}; it must be a string", "model")
     raise RequestError(
-        f"the model {short_repr(model)} does not exist here; this server has {service.model_name!r}", "model", 404
+        f"the model {short_repr(model)} does not exist here; this server has {service.model_name!r}",
+        "model",
+        404,
+        "model_not_found",
     )

@@ -35,7 +35,7 @@ def predict(body: dict[str, Any], service: Service) -> Generation:
             problem = f"[{index}] holds {given[0]}; options stand in 'parameters', for all instances"
             raise RequestError(f"instances{problem}", "instances")
         else:
-            contents.append({"mode": mode} | instance)
+            contents.append(instance | {"mode": mode})
     return _generation(contents, "instances", parameters, service, KServeV1Renderer())
 
 
@@ -83,6 +83,7 @@ def _generation(
     length = max_tokens(parameters, LENGTH, service.defaults.get("max_new_tokens"))
     return Generation(
         prompts=tuple(prompt.ids for prompt in prompts),
+        content=name,
         n=1,
         params=sampling_params(parameters, service, 1, length),
         stop=stop_strings(parameters),

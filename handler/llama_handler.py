@@ -32,6 +32,7 @@ from engine.config import ConfigError, RequestError
 from engine.engine import Engine
 from engine.parallel import Launch
 from engine.sequence import FinishReason
+from handler.bodies import parse_json
 from handler.engine_loop import CRASHED, EngineLoop
 from handler.generation import Generation, Service
 from handler.lifeline import die_with_parent
@@ -107,6 +108,7 @@ class LlamaHandler(BaseHandler):
         self._metrics = ServiceMetrics(ctx.metrics, self._service.model_name)
         self._sessions: dict[str, Session] = {}
         self._answered: OrderedDict[str, None] = OrderedDict()  # the latest requests that are over
+        self._untaken: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}  # came, and wait to be understood
         self._guard = threading.Lock()  # the handler's thread against the lease's
         self._last_call = time.monotonic()
         self._loop = EngineLoop(self.engine, settings.max_waiting, settings.watchdog_sec)
@@ -137,7 +139,8 @@ class LlamaHandler(BaseHandler):
         present = set(ids.values())
         for request_id in [request_id for request_id in self._sessions if request_id not in present]:
             self._end(self._sessions[request_id], FinishReason.CANCELLED)
-        answered_at_once = False
+        self._untaken = {request_id: kept for request_id, kept in self._untaken.items() if request_id in present}
+        answered_at_once, began = False, time.monotonic()
         for place in range(len(data)):
             request_id = ids[place]
             if request_id in self._sessions:
@@ -147,14 +150,19 @@ class LlamaHandler(BaseHandler):
             if request_id in self._answered:
                 del ids[place]
                 continue
-            reply = self._take(request_id, data[place], ctx, place)
+            new = self._untaken.pop(request_id, None) or (ctx.get_all_request_header(place), data[place])
+            if time.monotonic() - began > self.settings.poll_sec:  # reading long bodies takes time: others have news
+                self._untaken[request_id] = new
+                del ids[place]
+                continue
+            reply = self._take(request_id, *new)
             if reply is not None:
                 bodies[place], criteria[place] = self._whole(ctx, place, reply)
                 self._remember(request_id)
                 answered_at_once = True
         sessions = [(place, self._sessions[id_]) for place, id_ in list(ids.items()) if id_ in self._sessions]
         with self._loop.changed:
-            if not answered_at_once:
+            if not answered_at_once and not self._untaken:
                 self._loop.changed.wait_for(lambda: any(session.has_news for _, session in sessions), self._patience())
             now = time.monotonic()
             for _, session in sessions:
@@ -182,9 +190,9 @@ class LlamaHandler(BaseHandler):
             return longest
         return min(longest, max(LEAST_WAIT_S, self._loop.step_s / 4))
 
-    def _take(self, request_id: str, row: dict[str, Any], ctx: Any, place: int) -> Reply | None:
+    def _take(self, request_id: str, headers: dict[str, Any], row: dict[str, Any]) -> Reply | None:
         """Start a new request; what needs no engine, or is refused, is answered at once."""
-        headers = {str(name).lower(): value for name, value in ctx.get_all_request_header(place).items()}
+        headers = {str(name).lower(): value for name, value in headers.items()}
         try:
             encoding = str(headers.get("content-encoding") or "identity").lower()
             if encoding != "identity":
@@ -205,11 +213,16 @@ class LlamaHandler(BaseHandler):
         return None
 
     def _start(self, request_id: str, generation: Generation) -> Session:
-        sequences = [
-            self.engine.prepare(list(prompt), generation.params_for(choice), self._tokenizer.stop_ids)
-            for prompt in generation.prompts
-            for choice in range(generation.n)
-        ]
+        try:
+            sequences = [
+                self.engine.prepare(list(prompt), generation.params_for(choice), self._tokenizer.stop_ids)
+                for prompt in generation.prompts
+                for choice in range(generation.n)
+            ]
+        except RequestError as error:
+            if error.param == "prompt":
+                error.param = generation.content
+            raise
         deadline = time.monotonic() + self.settings.request_timeout_sec
         session = Session(request_id, generation, sequences, self._tokenizer, deadline)
         self._loop.submit(session)
@@ -300,7 +313,7 @@ def _body(row: dict[str, Any]) -> bytes:
     `curl -d` calls whatever it sends a form; the frontend takes it apart and drops what has no name and value.
     """
     value = row.get("body", row.get("data"))
-    if value is not None:
+    if value is not None and len(row) == 1:
         return value.encode() if isinstance(value, str) else bytes(value)
     if not row or any(not name.isidentifier() for name in row):
         raise RequestError(FORM_ADVICE)
@@ -313,9 +326,10 @@ def _field(name: str, value: bytes) -> Any:
     if name == "prompt":
         return text
     try:
-        return json.loads(text)
-    except ValueError:
+        given = parse_json(text)
+    except RequestError:
         return text
+    return text if name == "stop" and not isinstance(given, list | None) else given
 
 
 def _content_type(headers: dict[str, Any]) -> str:

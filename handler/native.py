@@ -23,7 +23,7 @@ def generate(content_type: str, body: bytes, service: Service) -> Generation:
         value = {"prompt": value, "mode": service.defaults.get("mode", MODES[0])}
     elif isinstance(value, list):
         value = {"dialog": value}
-    elif "instances" in value:
+    elif value.get("instances") is not None:
         return kserve.predict(value, service)
     elif isinstance(value.get("inputs"), list):
         return kserve.infer(value, service)
@@ -37,6 +37,7 @@ def generate(content_type: str, body: bytes, service: Service) -> Generation:
     length = max_tokens(fields, LENGTH, service.defaults.get("max_new_tokens"), least=1 if prompt_top is None else 0)
     return Generation(
         prompts=tuple(prompt.ids for prompt in prompts),
+        content="prompt" if "prompt" in fields else "dialog",
         n=n,
         params=sampling_params(fields, service, n, length, logprobs=top, prompt_logprobs=prompt_top),
         stop=stop_strings(fields),

@@ -205,10 +205,12 @@ class _TokenList:
         self._lists: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
 
     def _add(self, id: int, logprob: TokenLogprobs | None) -> None:
-        text = token_text(self._tokenizer, id)
+        text, data = token_text(self._tokenizer, id), token_bytes(self._tokenizer, id)
+        if data and data[0] & 0xC0 != 0x80:  # no rest of a character: what waits for one was none
+            self._offset += len(self._utf8.decode(b"", final=True))
         self._lists["tokens"].append(text)
         self._lists["text_offset"].append(max(0, self._offset))
-        self._offset += len(self._utf8.decode(token_bytes(self._tokenizer, id)))
+        self._offset += len(self._utf8.decode(data))
         if logprob is None:
             self._lists["token_logprobs"].append(None)
             self._lists["top_logprobs"].append(None)

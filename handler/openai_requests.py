@@ -53,14 +53,11 @@ UNSUPPORTED = (
 # What wrappers of OpenAI's client send although it asks for nothing.
 NEUTRAL: dict[str, list[Any]] = {
     "function_call": ["none", "auto"],
-    "functions": [[]],
-    "metadata": [{}],
     "modalities": [["text"]],
     "parallel_tool_calls": [False, True],
     "service_tier": ["auto", "default"],
     "store": [False],
     "tool_choice": ["none", "auto"],
-    "tools": [[]],
 }
 
 
@@ -80,6 +77,7 @@ def complete(body: dict[str, Any], service: Service) -> Generation:
     echoed = [_echoed(prompt, service) for prompt in prompts] if echo else None
     return Generation(
         prompts=tuple(prompt.ids for prompt in prompts),
+        content="prompt",
         n=n,
         params=sampling_params(fields, service, n, length, logprobs=top, prompt_logprobs=top if echo else None),
         stop=stop_strings(fields),
@@ -98,12 +96,13 @@ def chat(body: dict[str, Any], service: Service) -> Generation:
     n = choices(fields, 1)
     logprobs = fields.flag("logprobs")
     top = fields.whole("top_logprobs", 0, MAX_TOP_LOGPROBS)
-    if top is not None and not logprobs:
+    if top and not logprobs:
         raise fields.error("top_logprobs", "needs logprobs to be true")
     length = max_tokens(fields, LENGTH, None)  # OpenAI's default: all that fits
     format = _format(fields, service, logprobs=logprobs)
     return Generation(
         prompts=(prompt.ids,),
+        content="messages",
         n=n,
         params=sampling_params(fields, service, n, length, logprobs=(top or 0) if logprobs else None),
         stop=stop_strings(fields),
@@ -127,7 +126,10 @@ def _format(fields: Fields, service: Service, *, logprobs: bool) -> Format:
     options = fields.members("stream_options")
     if options is not None and not stream:
         raise fields.error("stream_options", "needs stream to be true")
-    include_usage = Fields(options or {}, ("include_usage",), where="stream_options.").flag("include_usage")
+    options = Fields(options or {}, ("include_usage", "include_obfuscation"), where="stream_options.")
+    if options.flag("include_obfuscation"):
+        raise options.error("include_obfuscation", "is true; chunks are not padded here")
+    include_usage = options.flag("include_usage")
     return Format(service.tokenizer, service.model_name, stream, logprobs, include_usage)
 
 

@@ -7,7 +7,7 @@ from reprlib import repr as short_repr
 from typing import Any
 
 from engine.config import RequestError, nearest
-from handler.bodies import Fields, is_whole, kind_of
+from handler.bodies import NOTHING, Fields, is_whole, kind_of
 from handler.settings import MODES
 from tokenizing import DialogError, Tokenizer, TokenizerError
 
@@ -87,9 +87,10 @@ def token_ids(values: list[Any], name: str, vocab_size: int) -> tuple[int, ...]:
 def chat_prompt(messages: object, name: str, tokenizer: Tokenizer) -> Prompt:
     """A dialog to answer; `name` is where it stands in the body, as messages[0] or dialog[1][0] do."""
     try:
-        if isinstance(messages, list):
-            messages = [_message(message, f"{name}[{index}]") for index, message in enumerate(messages)]
-        return Prompt(tuple(tokenizer.encode_dialog(messages)))
+        if not isinstance(messages, list):
+            raise RequestError(f"{name} is a {kind_of(messages)}; it must be a list of messages", _option(name))
+        dialog = [_message(message, f"{name}[{index}]") for index, message in enumerate(messages)]
+        return Prompt(tuple(tokenizer.encode_dialog(dialog)))
     except (DialogError, TokenizerError) as error:
         message = str(error)
         if message.startswith("dialog["):
@@ -112,17 +113,17 @@ def _bounded(prompts: list[Any], name: str) -> None:
         raise RequestError(f"{name} is a list of {len(prompts)} prompts; at most {MAX_CHOICES}", name)
 
 
-def _message(message: object, where: str) -> object:
+def _message(message: object, where: str) -> dict[str, Any]:
     """A message with its content as one string, its role as chat formats know it, and nothing that would be ignored."""
-    if not isinstance(message, dict):
-        return message  # for check_dialog to name
     param = _option(where)
-    for key, value in message.items():
-        if key not in ("role", "content") and value is not None:
-            raise RequestError(f"{where}: {short_repr(key)} is not supported; a message has role and content", param)
+    if not isinstance(message, dict):
+        raise RequestError(f"{where} is a {kind_of(message)}; a message is an object with role and content", param)
+    _nothing_but(message, ("role", "content"), where, "a message")
     content = message.get("content")
     if isinstance(content, list):
         content = "\n".join(_part(part, where, param) for part in content)
+    elif not isinstance(content, str):
+        raise RequestError(f"{where}: content is a {kind_of(content)}; it must be a string or a list of parts", param)
     role = message.get("role")
     return {"role": "system" if role == "developer" else role, "content": content}
 
@@ -133,9 +134,17 @@ def _part(part: object, where: str, param: str) -> str:
     if part.get("type") != "text":
         kind = short_repr(part.get("type"))
         raise RequestError(f"{where}: content parts of type {kind} are not supported; only 'text'", param)
+    _nothing_but(part, ("type", "text"), where, "a content part")
     if not isinstance(part.get("text"), str):
         raise RequestError(f"{where}: a content part of type 'text' needs a string 'text'", param)
     return part["text"]
+
+
+def _nothing_but(given: dict[str, Any], names: tuple[str, str], where: str, what: str) -> None:
+    for key, value in given.items():
+        if key not in names and value is not None and value not in NOTHING:
+            problem = f"{short_repr(key)} is not supported; {what} has {' and '.join(names)}"
+            raise RequestError(f"{where}: {problem}", _option(where))
 
 
 def _option(place: str) -> str:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from reprlib import repr as short_repr
 from typing import Any
-from urllib.parse import unquote
 
 from engine.config import RequestError
 from handler import kserve, native, openai_requests
@@ -42,7 +41,7 @@ class Route:
 
 def understand(path: str, content_type: str, body: bytes, service: Service) -> Generation | Reply:
     """What a request asks for, by the part of its path behind the model's own; RequestError if it is wrong anywhere."""
-    path = unquote(path.partition("?")[0]).strip("/")
+    path = path.strip("/")
     for route in ROUTES:
         if (match := route.pattern.fullmatch(path)) is not None:
             break

@@ -128,10 +128,8 @@ def json_reply(value: Any) -> Reply:
 def error_json(error: RequestError) -> dict[str, Any]:
     """An error as OpenAI writes it."""
     kind, code = _ERRORS.get(error.status, ("server_error" if error.status >= 500 else _INVALID, None))
-    if error.status == 404 and error.param == "model":
-        code = "model_not_found"
     message = error.message if len(error.message) <= MAX_MESSAGE else error.message[:MAX_MESSAGE] + "..."
-    return {"error": {"message": message, "type": kind, "param": error.param, "code": code}}
+    return {"error": {"message": message, "type": kind, "param": error.param, "code": error.code or code}}
 
 
 def error_reply(error: RequestError) -> Reply:

@@ -253,6 +253,48 @@ def test_a_request_for_more_answers_than_ever_fit_is_not_told_to_try_again(front
     assert job.status == 400 and f"this server takes {SLOTS + WAITING}" in job.text
 
 
+def test_a_prompt_that_is_too_long_is_told_as_openai_does_by_the_name_that_it_came_under(
+    frontend: FakeFrontend,
+) -> None:
+    long = "Hello " * 3000
+    user = [{"role": "user", "content": long}]
+    bodies = {
+        "prompt": frontend.post({"prompt": long}),
+        "dialog": frontend.post({"dialog": user}),
+        "messages": frontend.post({"messages": user}, "v1/chat/completions"),
+        "instances": frontend.post({"instances": [long]}),
+    }
+    frontend.run(*bodies.values())
+    for name, job in bodies.items():
+        error = json.loads(job.text)["error"]
+        assert (job.status, error["param"], error["code"]) == (400, name, "context_length_exceeded")
+
+
+def test_bodies_that_take_long_to_read_hold_up_nobody_elses_answer(
+    frontend: FakeFrontend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = frontend.post(LONG)
+    frontend.round()
+    understand, read = llama_handler.understand, []
+
+    def slow(path: str, content_type: str, body: bytes, service) -> object:
+        read.append(body)
+        time.sleep(0.03)
+        return understand(path, content_type, body, service)
+
+    monkeypatch.setattr(llama_handler, "understand", slow)
+    slow_ones = [frontend.post({"prompt": 5}) for _ in range(20)]
+    gone = slow_ones[-1]
+    heard = len(running.chunks)
+    frontend.round()
+    assert len(running.chunks) > heard
+    assert 0 < len(read) < 10 and sum(job.done for job in slow_ones) == len(read)
+    del frontend.jobs[gone.request_id]  # its client left before it was read
+    frontend.run(*slow_ones[:-1])
+    assert [job.status for job in slow_ones[:-1]] == [400] * 19 and len(read) == 19
+    assert not frontend.handler._untaken
+
+
 def test_a_body_that_is_compressed_is_refused_by_its_encoding(frontend: FakeFrontend) -> None:
     job = frontend.post(b"\x1f\x8b", **{"Content-Encoding": "gzip"})
     frontend.run(job)
@@ -313,6 +355,11 @@ def test_a_setting_that_cannot_work_stops_the_start(checkpoint: Path, tmp_path: 
         ({"data": bytearray(b"Hello!")}, b"Hello!"),
         ({"prompt": b"12", "max_new_tokens": b"4"}, b'{"prompt": "12", "max_new_tokens": 4}'),
         ({"prompt": b"a", "stop": b"b"}, b'{"prompt": "a", "stop": "b"}'),
+        ({"prompt": b"a", "stop": b"7"}, b'{"prompt": "a", "stop": "7"}'),
+        ({"prompt": b"a", "stop": b'["7"]'}, b'{"prompt": "a", "stop": ["7"]}'),
+        ({"prompt": b"a", "stop": b"[" * 10**5}, b'{"prompt": "a", "stop": "' + b"[" * 10**5 + b'"}'),
+        ({"prompt": b"a", "seed": b"1e999"}, b'{"prompt": "a", "seed": "1e999"}'),
+        ({"data": b"a", "top_k": b"1"}, b'{"data": "a", "top_k": 1}'),  # where `data` is then refused by its name
     ],
 )
 def test_a_body_is_found_also_where_the_frontend_took_it_for_a_form(row: dict, body: bytes) -> None:

@@ -18,7 +18,7 @@ from tokenizer_fixture import train_tokenizer
 from engine.config import RequestError
 from engine.sequence import FinishReason, TokenLogprobs
 from handler.generation import Generation, Service
-from handler.openai_format import token_text
+from handler.openai_format import _TokenList, token_text
 from handler.protocol import understand
 from handler.responses import Choice, Piece, Reply, Usage, error_reply, to_json
 from llama2_tokenizer import Tokenizer
@@ -186,6 +186,13 @@ def test_tokens_stand_where_their_offsets_say(service: Service) -> None:
         assert whole_tokens > 5
         assert found["tokens"][0] == "<s>" and found["tokens"][-1] == "</s>"
         assert [token for token in found["tokens"] if token.startswith("bytes:")][:2] == ["bytes:\\xf0", "bytes:\\x9f"]
+
+
+def test_offsets_count_what_a_character_without_an_end_became(service: Service) -> None:
+    tokens = _TokenList(service.tokenizer)
+    tokens.add(TokenLogprobs(3 + byte, -1.0, ()) for byte in b"a\xf0\x9fb\xc3\xa9c")  # 3 is <0x00>
+    # a, half of a character, b, a whole one, c
+    assert tokens.take(final=False)["text_offset"] == [0, 1, 1, 2, 3, 3, 4]
 
 
 def test_echo_gives_the_prompt_and_its_logprobs(service: Service) -> None:
