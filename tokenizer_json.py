@@ -10,6 +10,7 @@ Words used below:
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from reprlib import repr as short_repr
@@ -49,8 +50,17 @@ _UNKNOWN = "<unk>"
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
 
 
+def bare(tokens: Iterable[str]) -> dict[str, Any]:
+    """What follows Llama 2's normalizers where added tokens are found as SentencePiece finds pieces that users define.
+
+    The space in front is put in front of such a token too, before it is looked for; this takes it away again.
+    """
+    every = "|".join(sorted(re.escape(token.replace(" ", _MARKER)) for token in tokens))
+    return {"type": "Replace", "pattern": {"Regex": rf"\A{_MARKER}(?=(?:{every})\z)"}, "content": ""}
+
+
 def load(path: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer of a tokenizer.json; tokenizer_config.json and generation_config.json beside it are heeded."""
+    """The tokenizer of a tokenizer.json; the settings beside it are heeded."""
     path = Path(path)
     file = _File(path)
     if file.model.get("byte_fallback") is True:
@@ -70,10 +80,10 @@ class _File:
         self.added = self._added_tokens()
         self.tokens = self._tokens_by_id()
         self.size = max(self.tokens, default=-1) + 1
-        config = self._beside("tokenizer_config.json")
+        config = self._beside("special_tokens_map.json") | self._beside("tokenizer_config.json")
         self.bos_id = self._named(config, "bos_token", ("<s>", BEGIN_OF_TEXT))
         self.eos_id = self._named(config, "eos_token", ("</s>", END_OF_TEXT))
-        self.stop_ids = self._stop_ids()
+        self.stop_ids = stop_ids_beside(path)
         self.control = self._control_tokens()
 
     def error(self, problem: str) -> TokenizerError:
@@ -94,7 +104,8 @@ class _File:
             import tokenizers
         except ImportError as error:
             raise self.error("needs the package tokenizers; pip install tokenizers") from error
-        text_tokens = {token: id for token, id in self.ids.items() if token not in self.control}
+        # What is only added must not be found among the words, so both get places of their own here.
+        text_tokens = [token for token in self.model["vocab"] if token not in self.control]
         specification = {
             "version": "1.0",
             "truncation": None,
@@ -106,7 +117,7 @@ class _File:
             "decoder": None,
             "model": {
                 "type": "BPE",
-                "vocab": text_tokens,
+                "vocab": {token: place for place, token in enumerate(text_tokens)},
                 "merges": [
                     merge for merge in self._merges() if self.control.keys().isdisjoint((*merge, "".join(merge)))
                 ],
@@ -117,15 +128,16 @@ class _File:
         added = [
             tokenizers.AddedToken(token, **{flag: entry.get(flag) is True for flag in _FLAGS})
             for token, entry in self.added.items()
-            if token in text_tokens
+            if token not in self.control
         ]
         try:
             encoder = tokenizers.Tokenizer.from_str(json.dumps(specification))
             encoder.add_tokens(added)
         except Exception as error:  # the package has no exceptions of its own
             raise self.error(f"cannot be used: {str(error)[:200]}") from error
+        ids = {encoder.token_to_id(token): id for token, id in self.ids.items() if token not in self.control}
         # A batch of one, for a batch lets other threads run.
-        return lambda text: encoder.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        return lambda text: [ids[place] for place in encoder.encode_batch_fast([text], add_special_tokens=False)[0].ids]
 
     def _object(self, value: object, name: str) -> dict[str, Any]:
         if not isinstance(value, dict):
@@ -183,14 +195,9 @@ class _File:
         if name is None:
             raise self.error(f"does not say which token its {key} is; put tokenizer_config.json beside it")
         if not isinstance(name, str) or name not in self.ids:
-            raise self.error(f"has no token {short_repr(name)}, which tokenizer_config.json gives as {key}")
+            where = "tokenizer_config.json or special_tokens_map.json"
+            raise self.error(f"has no token {short_repr(name)}, which {where} gives as {key}")
         return self.ids[name]
-
-    def _stop_ids(self) -> frozenset[int]:
-        ids = stop_ids_beside(self.path)
-        if missing := ids - self.tokens.keys():
-            raise self.error(f"has no token {min(missing)}, which generation_config.json gives as eos_token_id")
-        return ids
 
     def _control_tokens(self) -> dict[str, int]:
         """What is marked as special, and what must be although it is not marked."""
@@ -215,7 +222,9 @@ class _Pieces:
     """A vocabulary of Llama 1 or 2 that answers as SentencePieceProcessor does."""
 
     def __init__(self, file: _File) -> None:
-        layout = file.layout(_PIECE_LAYOUTS)
+        found = [token for token, entry in file.added.items() if entry.get("special") is not True]
+        steps = [_PREPEND_SPACE, _REPLACE_SPACES, bare(found)]
+        layout = file.layout([*_PIECE_LAYOUTS, ({"type": "Sequence", "normalizers": steps}, None)])
         self._pieces = [file.tokens.get(id, "") for id in range(file.size)]
         self._text = {piece: id for piece, id in file.ids.items() if piece not in file.control}
         self._unknown = file.ids.get(_UNKNOWN, -1)

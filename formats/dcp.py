@@ -120,6 +120,7 @@ class DCPSink(Sink):
             raise FormatError(str(error)) from None
 
     def size_bound(self) -> int:
+        self.vocabulary.served()
         blocks = len(self.args.tensor_shapes()) * BLOCKS + 1
         return self.tensor_bytes() + blocks * BLOCK_OVERHEAD + sum(map(len, self._tokenizer_files().values()))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -11,8 +12,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-from formats.source import FormatError
+from formats.source import TOKENIZERS, FormatError
 from formats.vocabulary_merges import BYTE_BY_CHARACTER
+from tokenizing import Tokenizer, TokenizerError, load_tokenizer
 
 MAX_TOKENS = 1 << 20
 MAX_FILE_BYTES = 100_000_000
@@ -120,8 +122,12 @@ class Vocabulary:
         return vocabulary_huggingface.serialize(self)
 
     def served_files(self) -> dict[str, bytes]:
-        """What a server needs, by name: the tokenizer's own kind of file, or Hugging Face's where it cannot be that."""
-        if "tokenizer.model" in self.originals or "tokenizer.json" not in self.originals:
+        """What a server needs, by name: the tokenizer's own kind of file, or Hugging Face's where it cannot be that.
+
+        Where both are there, Hugging Face's has the say on the spaces around added tokens that are text.
+        """
+        own = "tokenizer.model" in self.originals and TokenType.USER_DEFINED not in self.types
+        if own or "tokenizer.json" not in self.originals:
             try:
                 model = self.sentencepiece() if self.kind == "sentencepiece" else self.tiktoken()
                 return {"tokenizer.model": model} | self.stops_file()
@@ -130,6 +136,18 @@ class Vocabulary:
         files = self.huggingface() | self.stops_file()
         files.pop("tokenizer.model", None)  # says less than tokenizer.json, and would go before it
         return files
+
+    def served(self) -> Tokenizer:
+        """The tokenizer that a server makes of the served files; what it refuses is an error."""
+        files = self.served_files()
+        with tempfile.TemporaryDirectory(prefix="llama-tokenizer-") as folder:
+            for name, content in files.items():
+                Path(folder, name).write_bytes(content)
+            path = Path(folder, next(name for name in TOKENIZERS if name in files))
+            try:
+                return load_tokenizer(path)
+            except TokenizerError as error:
+                raise self.error(f"cannot be served: {str(error).removeprefix(f'{path}: ')}") from None
 
     def generation_config(self) -> dict[str, Any]:
         """What transformers, and a server, need to know for generating: the ends of a text, and of answers."""
@@ -142,9 +160,12 @@ class Vocabulary:
         return {key: value for key, value in ids.items() if value is not None}
 
     def stops_file(self) -> dict[str, bytes]:
-        """generation_config.json, by name, where something ends an answer that is not known to by its name."""
+        """generation_config.json, by name, where something ends an answer that is not known to by its name.
+
+        A tiktoken file does not say which token is the end of a text.
+        """
         named = {id for id in self.stop_ids if self.kind == "bpe" and self.tokens[id] in LLAMA_3_STOPS}
-        if set(self.stop_ids) <= named | {self.eos_id}:
+        if set(self.stop_ids) <= (named if self.kind == "bpe" else {self.eos_id}):
             return {}
         return {GENERATION: (json.dumps(self.generation_config(), indent=2) + "\n").encode()}
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from formats import vocabulary_tokenizer_json
 from formats.source import FormatError, read_json
-from formats.vocabulary import FILLER, GENERATION, MARKER, MAX_FILE_BYTES, TokenType, Vocabulary, checked_value, is_of
+from formats.vocabulary import FILLER, GENERATION, MARKER, MAX_FILE_BYTES, TokenType, Vocabulary, checked_value
 from formats.vocabulary_merges import Pair, merges_of, orphan, ranked, splits
 from formats.vocabulary_tokenizer_json import (
     PREPEND,
@@ -18,9 +18,12 @@ from formats.vocabulary_tokenizer_json import (
     Added,
     added_ends,
     added_tokens,
+    conditional,
     model_of,
 )
 from llama3_tokenizer import SPLIT_PATTERN
+from tokenizer_json import bare
+from tokenizing import TokenizerError, stop_ids_beside
 
 TOKENIZER, CONFIG, SPECIAL_MAP = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 ADDED, TEMPLATE = "added_tokens.json", "chat_template.jinja"
@@ -42,6 +45,8 @@ def with_settings(vocabulary: Vocabulary, folder: Path) -> Vocabulary:
     if content:
         _compare(vocabulary, tokenizer, checked_value(model_of(tokenizer, content), "vocab", dict, str(tokenizer)))
         added = added_tokens(tokenizer, checked_value(content, "added_tokens", list, str(tokenizer), []))
+        if conditional(content):
+            return read(tokenizer)  # says more than a tokenizer.model can
     else:
         listed = checked_value(_optional(folder / CONFIG), "added_tokens_decoder", dict, str(folder / CONFIG), {})
         entries = [{"id": _number(id)} | entry if isinstance(entry, dict) else id for id, entry in listed.items()]
@@ -98,9 +103,11 @@ def _with_settings(vocabulary: Vocabulary, content: Mapping[str, Any], folder: P
     for name in ("add_bos", "add_eos"):
         if isinstance(config.get(f"{name}_token"), bool):
             changes[name] = config[f"{name}_token"]
-    stops = _optional(folder / GENERATION).get("eos_token_id")
-    stops = stops if isinstance(stops, list) else [stops]
-    changes["stop_ids"] = tuple(id for id in stops if is_of(id, int) and 0 <= id < len(ids))
+    try:
+        stops = stop_ids_beside(folder / TOKENIZER)
+    except TokenizerError as error:
+        raise FormatError(str(error)) from None
+    changes["stop_ids"] = tuple(id for id in stops if id < len(ids))  # a padded model may have more
     # Tokens with a task of their own are no text, also where a file forgets to call them special.
     tasks = {*changes["stop_ids"], *(changes.get(f"{name}_id") for name in ("bos", "eos", "pad"))}
     changes["types"] = tuple(
@@ -171,6 +178,8 @@ def _pieces(vocabulary: Vocabulary) -> dict[str, Any]:
     ranks = ranked(tokens[id] for id in sorted(normal, key=lambda id: (-scores[id], id)))
     _refuse_what_pairs_cannot_say(vocabulary, ranks)
     prefix = vocabulary.add_space_prefix
+    found = [tokens[id] for id in vocabulary.ids_of(TokenType.USER_DEFINED)]
+    normalizers = [*[PREPEND] * prefix, REPLACE, *[bare(found)] * (prefix and bool(found))]
     steps = [
         {"type": "ByteFallback"},
         {"type": "Fuse"},
@@ -187,7 +196,7 @@ def _pieces(vocabulary: Vocabulary) -> dict[str, Any]:
         vocabulary,
         model,
         merges_of(ranks),
-        normalizer={"type": "Sequence", "normalizers": [*[PREPEND] * prefix, REPLACE]},
+        normalizer={"type": "Sequence", "normalizers": normalizers},
         pre_tokenizer=None,
         post_processor=_template(vocabulary),
         decoder={
@@ -248,7 +257,7 @@ def _tokenizer(
             "single_word": False,
             "lstrip": False,
             "rstrip": False,
-            "normalized": False,
+            "normalized": vocabulary.kind == "sentencepiece" and vocabulary.types[id] is TokenType.USER_DEFINED,
             "special": vocabulary.types[id] is not TokenType.USER_DEFINED,
         }
         for id in vocabulary.ids_of(TokenType.UNKNOWN, TokenType.CONTROL, TokenType.USER_DEFINED)

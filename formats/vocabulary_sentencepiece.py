@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from sentencepiece import SentencePieceProcessor
 
 from formats.source import FormatError, first_line
-from formats.vocabulary import MAX_TOKENS, TokenType, Vocabulary
+from formats.vocabulary import MARKER, MAX_TOKENS, TokenType, Vocabulary
 from formats.vocabulary_chat import LLAMA_2_TEMPLATE
 
 Value = int | bytes
@@ -159,6 +159,8 @@ def _new(vocabulary: Vocabulary) -> bytes:
 def _pieces(vocabulary: Vocabulary, first: int) -> bytes:
     pieces = []
     for token, score, type in list(zip(vocabulary.tokens, vocabulary.scores, vocabulary.types, strict=True))[first:]:
+        if type is TokenType.USER_DEFINED:  # is looked for after spaces have become markers
+            token = token.replace(" ", MARKER)
         content = _field(_TEXT, token.encode()) + _field(_SCORE, score)
         pieces.append(_field(_PIECE, content if type is TokenType.NORMAL else content + _field(_TYPE, int(type))))
     return b"".join(pieces)

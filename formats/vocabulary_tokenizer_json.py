@@ -19,6 +19,7 @@ from formats.vocabulary import (
 )
 from formats.vocabulary_merges import Pair, disagreement, orphan, ranked, ranks_of, unmade
 from llama3_tokenizer import SPLIT_PATTERN
+from tokenizer_json import bare
 
 PREPEND = {"type": "Prepend", "prepend": MARKER}
 REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": MARKER}
@@ -46,6 +47,7 @@ def parse(content: Mapping[str, Any], path: Path) -> Vocabulary:
     ids = {
         name: next((places[token] for token in names if token in places), None) for name, names in _USUAL_NAMES.items()
     }
+    reason = reason or conditional(content)
     return Vocabulary(
         kind="bpe" if byte_level else "sentencepiece",
         tokens=tuple(tokens),
@@ -130,6 +132,15 @@ def added_tokens(path: Path, entries: Sequence[Any]) -> Added:
     return added
 
 
+def conditional(content: Mapping[str, Any]) -> str | None:
+    """Which added token is text under conditions that other formats cannot say; to be called once they are checked."""
+    for entry in content.get("added_tokens") or []:
+        flags = [flag for flag in ("single_word", "lstrip", "rstrip") if entry.get(flag) is True]
+        if flags and entry.get("special") is not True:
+            return f"its added token {entry['content'][:80]!r} is {' and '.join(flags)}"
+    return None
+
+
 def _merges(path: Path, model: Mapping[str, Any], tokens: set[str], normal: set[str]) -> list[Pair]:
     """The merges but for those of added tokens, which are cut out of a text before anything is joined."""
     merges: list[Pair] = []
@@ -166,7 +177,9 @@ def _unlike_llama_2(
         and steps[0].get("replacement") == MARKER
         and steps[0].get("split") is False
     )
-    if not metaspace and (steps or normalizers not in ([PREPEND, REPLACE], [REPLACE])):
+    found = [entry["content"] for entry in content.get("added_tokens") or [] if entry.get("special") is not True]
+    known = ([PREPEND, REPLACE], [REPLACE], [PREPEND, REPLACE, bare(found)])
+    if not metaspace and (steps or normalizers not in known):
         return "it treats spaces unlike Llama's"
     if model.get("ignore_merges"):
         return "it takes whole texts as tokens, whatever its merges say"

@@ -96,7 +96,7 @@ def test_a_setting_that_names_no_token_is_refused(paths, tmp_path):
     for file, settings, problem in (
         ("tokenizer_config.json", {"eos_token": "<|nobody|>"}, r"no token '<\|nobody\|>', .*tokenizer_config.json"),
         ("tokenizer_config.json", {"bos_token": ["a"]}, r"no token \['a'\], .*bos_token"),
-        ("generation_config.json", {"eos_token_id": [1, 10**9]}, "no token 1000000000, .*generation_config.json"),
+        ("special_tokens_map.json", {"eos_token": "<|nobody|>"}, r"no token '<\|nobody\|>', .*special_tokens_map.json"),
     ):
         (tmp_path / file).write_text(json.dumps(settings))
         with pytest.raises(TokenizerError, match=f"{path}: .*{problem}"):
@@ -135,6 +135,20 @@ def test_added_tokens_that_are_text_are_taken_whole_as_transformers_does(kind, p
         assert ids == oracle.encode(text, add_special_tokens=False), text
         used |= set(ids)
     assert {size, size + 7, size + 8} <= used
+
+
+@pytest.mark.parametrize(("kind", "token", "text"), [("pieces", "☃", "x☃"), ("byte-level", "word", "word1")])
+def test_an_added_token_is_none_of_the_models_words(kind, token, text, paths, tmp_path, loaded):
+    entry = added(loaded[kind].vocab_size, token, special=False) | {"single_word": True}
+    path = changed(paths[kind], tmp_path, lambda file: file["added_tokens"].append(entry))
+    assert load_tokenizer(path).encode(text, bos=False, eos=False) == loaded[kind].encode(text, bos=False, eos=False)
+
+
+def test_the_oldest_settings_name_special_tokens_too(paths, tmp_path, loaded):
+    entry = added(loaded["pieces"].vocab_size, "<|end|>", special=True)
+    path = changed(paths["pieces"], tmp_path, lambda file: file["added_tokens"].append(entry))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<|end|>"}))
+    assert load_tokenizer(path).stop_ids == {entry["id"]}
 
 
 @pytest.mark.parametrize("kind", ["pieces", "byte-level"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import itertools
 import json
 import random
 from collections.abc import Callable
@@ -403,7 +404,7 @@ class TestByteLevel:
         vocabulary = forgetful(read_vocabulary(tiktoken_file))
         tokens, types = change(vocabulary.tokens, vocabulary.types)
         # The fields of another order of ids would not fit the old special tokens.
-        changed = dataclasses.replace(vocabulary, tokens=tokens, types=types, stop_ids=())
+        changed = dataclasses.replace(vocabulary, tokens=tokens, types=types, eos_id=None, stop_ids=())
         with pytest.raises(FormatError, match=reason):
             changed.tiktoken()
         assert changed.served_files().keys() == {"tokenizer.json", "tokenizer_config.json"}
@@ -566,6 +567,38 @@ class TestAddedTokens:
         assert f"[PAD{first}]" not in tokenizer.get_vocab()
         assert read_vocabulary(tmp_path / "hf" / "tokenizer.json").tokens == vocabulary.tokens
 
+    def test_pieces_that_users_define_are_found_alike_in_every_format(self, tmp_path: Path) -> None:
+        path = train_tokenizer(tmp_path / "tokenizer.model", user_defined_symbols=["<tool>", "<to", "[x|y("])
+        vocabulary = read_vocabulary(path)
+        theirs = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        readers = [hop(forgetful(vocabulary), tmp_path / name).served() for name, hop in HOPS.items()]
+        oracle = AutoTokenizer.from_pretrained(tmp_path / "json")
+        for parts in itertools.product(("", " ", "x ", "<tool>"), ("<tool>", "<to", "[x|y("), (" y", "y")):
+            text = "".join(parts)
+            expected = theirs.encode(text)
+            assert oracle.encode(text, add_special_tokens=False) == expected, text
+            assert all(reader.encode(text, bos=False, eos=False) == expected for reader in readers), text
+
+    def test_a_server_gets_what_says_where_added_text_stands(self, tuned: Path, tmp_path: Path) -> None:
+        """A tokenizer.model has no word on the spaces around a token that transformers added."""
+        files = read_vocabulary(tuned / "tokenizer.model").served_files()
+        assert "tokenizer.model" not in files and files["tokenizer.json"] == (tuned / "tokenizer.json").read_bytes()
+        served, theirs = read_vocabulary(tuned / "tokenizer.model").served(), AutoTokenizer.from_pretrained(tuned)
+        for text in ("<tool>", "a <tool> b", "x<tool>y", "<tool>y <tool>"):
+            assert served.encode(text, bos=False, eos=False) == theirs.encode(text, add_special_tokens=False), text
+
+    @pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json"])
+    @pytest.mark.parametrize("flag", ["single_word", "lstrip", "rstrip"])
+    def test_conditions_on_added_text_stay_where_they_are(self, tuned: Path, name: str, flag: str) -> None:
+        content = json.loads((tuned / "tokenizer.json").read_text())
+        next(entry for entry in content["added_tokens"] if entry["content"] == "<tool>")[flag] = True
+        (tuned / "tokenizer.json").write_text(json.dumps(content))
+        vocabulary = read_vocabulary(tuned / name)
+        assert "tokenizer.model" not in vocabulary.served_files()
+        for write in (vocabulary.gguf_fields, vocabulary.sentencepiece, forgetful(vocabulary).huggingface):
+            with pytest.raises(FormatError, match=f"'<tool>' is {flag}"):
+                write()
+
     def test_two_different_tokenizers_in_one_folder_are_refused(self, pieces: Path, tmp_path: Path) -> None:
         written(read_vocabulary(DEMO), tmp_path)
         (tmp_path / "tokenizer.model").write_bytes(pieces.read_bytes())
@@ -611,6 +644,20 @@ class TestGGUF:
             "tokenizer.ggml.add_eos_token": False,
             "tokenizer.ggml.add_space_prefix": False,
         }
+
+    def test_an_end_that_a_tiktoken_file_does_not_know_reaches_the_server(self, tiktoken_file: Path) -> None:
+        fields = read_vocabulary(tiktoken_file).gguf_fields()
+        end = fields["tokenizer.ggml.tokens"].index("<|reserved_special_token_5|>")
+        vocabulary = Vocabulary.from_gguf(fields | {"tokenizer.ggml.eos_token_id": end})
+        assert "tokenizer.model" in vocabulary.served_files()
+        assert end in vocabulary.served().stop_ids
+
+    @pytest.mark.parametrize("end", ["</s>", 2.0, -1, True, [[2]]])
+    def test_ends_that_a_server_would_refuse_are_refused(self, pieces: Path, end: Any, tmp_path: Path) -> None:
+        (tmp_path / "tokenizer.model").write_bytes(pieces.read_bytes())
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
+        with pytest.raises(FormatError, match="eos_token_id is .* must be token ids"):
+            read_vocabulary(tmp_path / "tokenizer.model")
 
     def test_the_end_of_a_message_is_not_the_end_of_a_turn(self, tiktoken_file: Path) -> None:
         vocabulary = read_vocabulary(tiktoken_file)

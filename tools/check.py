@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +15,6 @@ import torch
 from torch import Tensor
 
 from command_line import Parser
-from engine.checkpoint import TOKENIZERS
 from engine.config import ConfigError
 from engine.engine import Engine
 from engine.loader import FLOAT32_LIMIT_BYTES, Limits, available_memory
@@ -27,7 +25,7 @@ from engine.sequence import SamplingParams
 from formats import FormatError, Source, open_source
 from formats.source import byte_bar, shape_text
 from llama2 import Transformer
-from tokenizing import Tokenizer, TokenizerError, load_tokenizer
+from tokenizing import Tokenizer, TokenizerError
 
 PROMPTS = ("Once upon a time", "The capital of France is", "def main():\n    ", "1 + 1 =", "Égypte, 🔥 fire")
 # What a format may decide by itself: defaults for a server, not the model.
@@ -44,6 +42,8 @@ class Difference:
     name: str
     absolute: float
     relative: float
+    rounding: float
+    """What rounding between their dtypes may change; 0 where they are equal."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -82,11 +82,8 @@ def compare(a: Source, b: Source, flags: argparse.Namespace) -> bool:
     if not same_settings(a, b):
         return False
     alike = same_vocabulary(a, b)
-    tolerance = flags.tolerance
-    if tolerance is None:
-        tolerance = 0.0 if a.dtype == b.dtype else max(ROUNDING[a.dtype], ROUNDING[b.dtype])
     differences = differing_tensors(a, b)
-    same = report_tensors(len(a.names), differences, tolerance) and alike
+    same = report_tensors(len(a.names), differences, flags.tolerance) and alike
     if not flags.tensors_only:
         same &= same_answers(a, b, flags.prompts, flags.tokens, not differences)
     print("the same" if same else "NOT the same")
@@ -154,21 +151,24 @@ def _difference(name: str, ours: Tensor, theirs: Tensor) -> Difference | None:
         largest = max(largest, part.float().abs().max().item())
     if not absolute:
         return None
-    return Difference(name, absolute, absolute / largest if largest else float("inf"))
+    rounding = 0.0 if ours.dtype == theirs.dtype else max(ROUNDING[ours.dtype], ROUNDING[theirs.dtype])
+    return Difference(name, absolute, absolute / largest if largest else float("inf"), rounding)
 
 
-def report_tensors(count: int, differences: list[Difference], tolerance: float) -> bool:
+def report_tensors(count: int, differences: list[Difference], tolerance: float | None) -> bool:
     """Say how many tensors are equal and which differ most; whether all are within the tolerance."""
     print(f"tensors: {count - len(differences)} of {count} equal to the bit")
     worst = sorted(differences, key=lambda each: -each.relative)
     for each in worst[:WORST]:
-        mark = "" if each.relative <= tolerance else "  <-- too much"
+        allowed = each.rounding if tolerance is None else tolerance
+        mark = "" if each.relative <= allowed else "  <-- too much"
         print(f"  {each.name}: differs by up to {each.absolute:.3g} ({each.relative:.2e} of its largest number){mark}")
     if len(worst) > WORST:
         print(f"  ... and {len(worst) - WORST} more, by less")
-    good = not worst or worst[0].relative <= tolerance
+    good = all(each.relative <= (each.rounding if tolerance is None else tolerance) for each in worst)
     if worst:
-        print(f"  {'all within' if good else 'not within'} the tolerance of {tolerance:.2e}")
+        limit = "what rounding allows" if tolerance is None else f"the tolerance of {tolerance:.2e}"
+        print(f"  {'all within' if good else 'not within'} {limit}")
     return good
 
 
@@ -220,13 +220,7 @@ def _answers(source: Source, prompts: list[list[int]], tokens: int) -> tuple[lis
 
 def _tokenizer(source: Source) -> Tokenizer | None:
     vocabulary = source.vocabulary()
-    if vocabulary is None:
-        return None
-    files = vocabulary.served_files()
-    with tempfile.TemporaryDirectory(prefix="llama-check-") as folder:
-        for name, content in files.items():
-            Path(folder, name).write_bytes(content)
-        return load_tokenizer(Path(folder, next(name for name in TOKENIZERS if name in files)))
+    return None if vocabulary is None else vocabulary.served()
 
 
 def _fits_float32(source: Source) -> bool:
