@@ -6,6 +6,8 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -84,7 +86,7 @@ class Conversion:
         self.sink, self.source, self.progress = sink, sink.source, progress
         # A link stays a link, to a new output.
         self.target = Path(os.path.realpath(output))
-        self._is_file = output.suffix == ".gguf"
+        self._is_file = format_of(output) == "gguf"
         if self._is_file and sink.name != "gguf":
             raise ConversionError(f"{output}: is the name of a GGUF file, which --to gguf writes; not --to {sink.name}")
         self._manifest = (
@@ -109,7 +111,8 @@ class Conversion:
             try:
                 if force and self._is_done(verify=True):
                     return False  # another process did the same meanwhile, and may have readers
-                self._put_in_place(folder, replace=force)
+                with _uninterrupted():
+                    self._put_in_place(folder, replace=force)
             except OutputTaken:
                 if not self._is_done(verify=False):
                     raise
@@ -245,6 +248,21 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(count)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """What is complete is put in place, whatever signal comes meanwhile: half of that would be neither old nor new."""
+    signals = (signal.SIGINT, signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread():
+        yield  # nor do signals end other threads
+        return
+    handlers = {each: signal.signal(each, signal.SIG_IGN) for each in signals}
+    try:
+        yield
+    finally:
+        for each, handler in handlers.items():
+            signal.signal(each, handler)
 
 
 def _checked_tokenizer(sink: Sink) -> int:

@@ -282,7 +282,7 @@ def _refuse_other_models(path: Path, config: dict[str, Any]) -> None:
 def _rope(path: Path, config: dict[str, Any]) -> tuple[Any, RopeScaling | None]:
     """RoPE's base and scaling, in the older form (`rope_theta`, `rope_scaling`) or the newer (`rope_parameters`)."""
     newer, older = (_rope_of(path, config, key) for key in ("rope_parameters", "rope_scaling"))
-    if config.get("rope_parameters") and config.get("rope_scaling") and newer[1] != older[1]:
+    if config.get("rope_parameters") and config.get("rope_scaling") and newer != older:
         raise FormatError(f"{path}: rope_parameters and rope_scaling mean different things; remove one of them")
     return newer if config.get("rope_parameters") else older
 
@@ -301,6 +301,11 @@ def _rope_of(path: Path, config: dict[str, Any], key: str) -> tuple[Any, RopeSca
         return theta, None
     if kind != "llama3":
         raise FormatError(f"{path}: {key} is of type {kind!r}; 'default' and 'llama3' are supported")
+    name = "original_max_position_embeddings"  # which transformers takes from outside, where it is there too
+    if config.get(name) is not None and config[name] != settings.get(name):
+        raise FormatError(
+            f"{path}: {name} is {config[name]!r}, but {settings.get(name)!r} in {key}; remove one of them"
+        )
     try:
         scaling = RopeScaling(
             factor=settings["factor"],

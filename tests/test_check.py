@@ -10,6 +10,7 @@ import torch
 from checkpoints import PARAMS, hf_config, hf_tensors, random_tensors, write_hf, write_meta, write_tokenizer
 from torch import Tensor
 
+from formats.conversion import convert
 from formats.vocabulary import read_vocabulary
 from llama2 import ModelArgs
 from tools.check import main
@@ -69,6 +70,15 @@ def test_rounding_to_another_dtype_is_allowed_and_more_is_not(
     broken = {name: tensor.clone() for name, tensor in rounded.items()}
     broken["norm.weight"][0] = float("nan")
     assert main([str(meta), other(tmp_path / "c", broken, tokenizer), "--tensors-only"]) == 1
+
+
+def test_what_was_unpacked_differs_by_rounding_only(meta: Path, tmp_path: Path) -> None:
+    """A quantized GGUF's matrices are read as float32, and stored in 16 bits."""
+    packed, unpacked = str(tmp_path / "q8.gguf"), str(tmp_path / "dcp")
+    convert(meta, packed, type="q8_0", progress=False)
+    convert(packed, unpacked, progress=False)
+    assert main([packed, unpacked, "--tokens", "4"]) == 0
+    assert main([packed, unpacked, "--tensors-only", "--tolerance", "0"]) == 1
 
 
 def test_another_setting_or_vocabulary_is_another_model(

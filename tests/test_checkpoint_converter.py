@@ -33,6 +33,7 @@ from checkpoints import (
 
 import checkpoint_converter
 import formats.dcp
+import formats.output
 from checkpoint_converter import convert, main
 from engine.checkpoint import open_checkpoint, read_tensors
 from formats import FormatError, open_source
@@ -417,7 +418,7 @@ def test_a_conversion_that_nobody_hears_of_is_done(meta, tmp_path):
     with open("/dev/full", "w") as full:
         ended = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
     assert (ended.returncode, ended.stderr) == (0, "")
-    assert open_source(tmp_path / "OUT.GGUF").title == "GGUF"
+    assert open_source(tmp_path / "OUT.GGUF").title == "GGUF" and (tmp_path / "OUT.GGUF").is_file()
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
@@ -461,6 +462,34 @@ def test_a_signal_in_the_instant_when_a_file_was_begun_ends_it_too(meta, tmp_pat
     assert ended.returncode == 128 + signal.SIGTERM
     assert ended.stderr == "checkpoint_converter.py: error: stopped by SIGTERM; nothing was changed\n"
     assert only(tmp_path) == ["meta"]
+
+
+@pytest.mark.parametrize("output", ["out", "out.gguf"])
+def test_a_signal_while_all_is_put_in_place_comes_too_late(meta, tmp_path, output, monkeypatch):
+    handler, sync, seen = signal.getsignal(signal.SIGINT), formats.output.sync_folder, []
+
+    def interrupted(folder: Path) -> None:
+        seen.append(folder)
+        os.kill(os.getpid(), signal.SIGINT)
+        sync(folder)
+
+    monkeypatch.setattr(formats.output, "sync_folder", interrupted)
+    for dtype in ("bfloat16", "float32"):
+        assert main([str(meta), str(tmp_path / output), "--dtype", dtype, "--force"]) == 0
+    assert seen and signal.getsignal(signal.SIGINT) is handler
+    manifest = tmp_path / (output + ".manifest.json" if output.endswith("f") else f"{output}/manifest.json")
+    assert json.loads(manifest.read_text())["fingerprint"]["dtype"].lower() in ("float32", "f32")
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_what_could_not_be_served_is_not_converted_for_a_server(meta, tmp_path, capsys):
+    assert main([str(meta), str(tmp_path / "hf"), "--to", "hf"]) == 0
+    (tmp_path / "hf" / "tokenizer.model").unlink(missing_ok=True)
+    path = tmp_path / "hf" / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pre_tokenizer": {"type": "Digits"}}))
+    capsys.readouterr()
+    assert main([str(tmp_path / "hf"), str(tmp_path / "out")]) == 1
+    assert "cannot be served: " in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 # What it is given

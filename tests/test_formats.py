@@ -358,7 +358,16 @@ def test_two_settings_of_rope_must_mean_the_same(tmp_path, tokenizer):
     assert "rope_parameters and rope_scaling mean different things" in refusal(tmp_path / "b")
     both = {"rope_parameters": llama3 | {"rope_theta": 5e5}, "rope_scaling": llama3}
     write_hf(tmp_path / "c", tensors, hf_config(ARGS, **both), tokenizer)
-    assert open_source(tmp_path / "c").args.rope_theta == 5e5
+    assert "rope_parameters and rope_scaling mean different things" in refusal(tmp_path / "c")  # 5e5, and 1e4
+    write_hf(tmp_path / "d", tensors, hf_config(ARGS, **both, rope_theta=5e5), tokenizer)
+    assert open_source(tmp_path / "d").args.rope_theta == 5e5
+    write_hf(
+        tmp_path / "e", tensors, hf_config(ARGS, rope_parameters=plain, rope_theta=5e5, rope_scaling={}), tokenizer
+    )
+    assert open_source(tmp_path / "e").args.rope_theta == 10000.0
+    longer = {"rope_scaling": llama3, "original_max_position_embeddings": 512}
+    write_hf(tmp_path / "f", tensors, hf_config(ARGS, **longer), tokenizer)
+    assert "original_max_position_embeddings is 512, but 8192 in rope_scaling" in refusal(tmp_path / "f")
 
 
 def test_a_folder_of_hugging_faces_may_hold_metas_settings_too(tmp_path, tokenizer):
