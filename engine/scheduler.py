@@ -134,7 +134,7 @@ class Scheduler:
         prompts = [sequence for sequence in self.running if sequence.pending > 1]
         spared = 0 if self._crowded(len(singles), prompts) else len(singles)
         budget = self._pace.allowance(spared, self._max_tokens - len(singles))
-        least = min(2, budget)
+        most, least = budget, min(2, budget)
         for sequence in prompts + list(self.waiting):
             if budget < max(1, least) or (sequence.wants_prompt_logprobs and rows < 2):
                 break
@@ -143,6 +143,9 @@ class Scheduler:
             length = self._cut(sequence.pending, budget)
             if sequence.wants_prompt_logprobs:
                 length = self._cut(sequence.pending, min(budget, rows))
+            if length == 2 and sequence.pending == 3 and most > 2:
+                break  # the third would be on its own; the next step may have room for all
+            if sequence.wants_prompt_logprobs:
                 rows -= length
             chosen.append((sequence, self._segment(sequence, length)))
             budget -= length

@@ -44,6 +44,24 @@ def test_no_piece_of_a_prompt_is_a_single_token() -> None:
     assert [step(s) for _ in range(3)] == [[(0, 0, 8, 0)], [(0, 8, 7, 0)], [(0, 15, 2, 1)]]
 
 
+def test_three_tokens_wait_rather_than_leave_the_last_one_on_its_own() -> None:
+    s = scheduler(budget=8)
+    add(s, 6)
+    add(s, 3)
+    assert [step(s) for _ in range(2)] == [[(0, 0, 6, 1)], [(0, 6, 1, 1), (1, 0, 3, 1)]]
+    s = scheduler(budget=4 * MAX_PROMPT_LOGIT_ROWS)
+    rows = MAX_PROMPT_LOGIT_ROWS - 2
+    add(s, rows, prompt_logprobs=0)
+    add(s, 3, prompt_logprobs=0)
+    assert [step(s) for _ in range(2)] == [[(0, 0, rows, rows)], [(0, rows, 1, 1), (1, 0, 3, 3)]]
+
+
+def test_where_there_is_never_room_for_three_they_do_not_wait() -> None:
+    s = scheduler(budget=2)
+    add(s, 3)
+    assert [step(s) for _ in range(2)] == [[(0, 0, 2, 0)], [(0, 2, 1, 1)]]
+
+
 def test_running_sequences_decode_in_every_step_beside_a_long_prompt() -> None:
     s = scheduler(budget=8)
     add(s, 2)
