@@ -8,7 +8,7 @@ import difflib
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -21,12 +21,20 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         words = [self._respelt(word) for word in (sys.argv[1:] if args is None else args)]
+        if not self._subparsers:  # before the one that was meant is missed
+            self._refuse([word for word in words[: (*words, "--").index("--")] if self._is_unknown(word)])
         flags, unknown = self.parse_known_args(words, namespace)
+        self._refuse(unknown)
+        return flags
+
+    def _is_unknown(self, word: str) -> bool:
+        return word.startswith("--") and " " not in word and word.partition("=")[0] not in self._option_string_actions
+
+    def _refuse(self, unknown: Sequence[str]) -> None:
         if unknown:
             close = difflib.get_close_matches(unknown[0].partition("=")[0], self._option_string_actions, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
             self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
-        return flags
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
@@ -38,6 +46,16 @@ class Parser(argparse.ArgumentParser):
                 if other in self._option_string_actions:
                     return other + equals + value
         return word
+
+
+def end_with(main: Callable[[], int]) -> NoReturn:
+    """Run a command line and end with its status; Ctrl-C and SIGTERM let it clean up."""
+    try:
+        with interrupts():
+            sys.exit(main())
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 @contextlib.contextmanager

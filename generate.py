@@ -29,6 +29,7 @@ from engine.config import (
     nearest,
 )
 from engine.engine import Engine, Output
+from engine.lifeline import die_with_parent
 from engine.parallel import Launch
 from engine.sequence import FinishReason, SamplingParams, Sequence, TokenLogprobs
 from tokenizing import DialogError, StreamDecoder, TokenizerError, load_tokenizer
@@ -459,6 +460,8 @@ def _logprob(token: TokenLogprobs) -> dict[str, Any]:
 
 def run(flags: argparse.Namespace, launch: Launch) -> None:
     """Load, answer, write."""
+    if launch.rank == 0 and sys.stdout is None:
+        raise ConfigError("stdout is closed: the answer cannot be written")
     requests = requests_from(flags) if launch.rank == 0 else []  # who follows could only drain a common stdin
     config = EngineConfig(
         max_seq_len=flags.max_seq_len,
@@ -528,6 +531,8 @@ def main(argv: list[str] | None = None) -> int:
         logging.basicConfig(level=logging.ERROR, format="%(message)s")
         for name in ("engine", "__main__", __name__):
             logging.getLogger(name).setLevel(level)
+        if launch.size > 1:
+            die_with_parent()
         run(flags, launch)
     except (ConfigError, RequestError, TokenizerError, DialogError) as error:
         # The ranks of one machine mostly fail alike, so the first speaks, and torchrun ends those that wait for it; a

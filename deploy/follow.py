@@ -30,8 +30,8 @@ def read(path: Path) -> Mapping[str, Any]:
 def follow(path: Path, checkpoint: Path | None) -> None:
     """Load and serve the leader's steps until it is gone."""
     from engine.engine import Engine
+    from engine.lifeline import die_with_parent
     from engine.parallel import Launch
-    from handler.lifeline import die_with_parent
 
     die_with_parent()
     settings = parse(read(path), path.parent)

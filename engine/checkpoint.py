@@ -59,6 +59,12 @@ class Checkpoint:
     manifest: Mapping[str, Any] = field(repr=False, compare=False)
     metadata: Metadata = field(repr=False, compare=False)
 
+    @property
+    def weights(self) -> str:
+        """What differs where the weights do: converting the same ones again gives the same."""
+        files = self.manifest["files"]
+        return " ".join(f"{name} {files[name]['sha256']}" for name in sorted(files) if name.endswith(".distcp"))
+
 
 def open_checkpoint(folder: str | os.PathLike[str], *, verify: bool = True) -> Checkpoint:
     """Check a converted folder, its hashes too if `verify`, and say what model it holds."""

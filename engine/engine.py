@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -92,7 +92,10 @@ class Engine:
         limits = Limits.settle(config, checkpoint.args, device)
         ranks = Ranks(launch, device, checkpoint.args)
         preflight(checkpoint.args, limits, ranks, config.memory_fraction)
-        ranks.agree("the model and its limits", f"{checkpoint.args} {limits}")
+        # What a checkpoint says of these two is a default.
+        args = replace(checkpoint.args, max_seq_len=limits.max_seq_len, max_batch_size=limits.max_batch_size)
+        ranks.agree("the model and its limits", f"{args} {limits}")
+        ranks.agree("the weights", checkpoint.weights)
         return cls(load_runner(checkpoint, limits, ranks), limits, ranks, checkpoint.args.vocab_size), checkpoint
 
     @property

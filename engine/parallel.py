@@ -68,11 +68,17 @@ def _own_store(launch: Launch) -> dist.Store | None:
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     listener = None
     if launch.rank == 0:
-        family, kind, protocol, _, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(place)
-        listener.listen()
+        try:
+            family, kind, protocol, _, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+            listener = socket.socket(family, kind, protocol)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(place)
+            listener.listen()
+        except OSError as error:
+            raise ConfigError(
+                f"rank 0 cannot listen on {address}:{port} for the others: {error.strerror}; MASTER_ADDR and "
+                "MASTER_PORT must name a free port of its machine"
+            ) from None
     return dist.TCPStore(
         address,
         port,

@@ -30,12 +30,12 @@ from ts.torch_handler.base_handler import BaseHandler
 
 from engine.config import ConfigError, RequestError
 from engine.engine import Engine
+from engine.lifeline import die_with_parent
 from engine.parallel import Launch
 from engine.sequence import FinishReason
 from handler.bodies import parse_json
 from handler.engine_loop import CRASHED, EngineLoop
 from handler.generation import Generation, Service
-from handler.lifeline import die_with_parent
 from handler.metrics import ServiceMetrics
 from handler.protocol import understand
 from handler.responses import Reply, error_reply

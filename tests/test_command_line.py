@@ -32,8 +32,8 @@ def test_options_are_taken_with_either_spelling(max_new, tensor):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--max-new-token", "3"], "unrecognized arguments: --max-new-token 3; did you mean --max-new-tokens?"),
-        (["--max_new", "3"], "unrecognized arguments: --max_new 3; did you mean --max-new-tokens?"),  # no short forms
+        (["--max-new-token", "3"], "unrecognized arguments: --max-new-token; did you mean --max-new-tokens?"),
+        (["--max_new", "3"], "unrecognized arguments: --max_new; did you mean --max-new-tokens?"),  # no short forms
         (["--tensorparallel=2"], "unrecognized arguments: --tensorparallel=2; did you mean --tensor_parallel?"),
         (["--quantize"], "unrecognized arguments: --quantize"),
         (["--max-new-tokens", "many"], "argument --max-new-tokens: invalid int value: 'many'"),
@@ -44,6 +44,15 @@ def test_what_is_wrong_is_said_in_one_line(capsys, words, said):
         parser().parse_args(words)
     assert ended.value.code == 2
     assert capsys.readouterr().err == f"tool: error: {said} (see --help)\n"
+
+
+def test_a_misspelt_option_that_is_needed_is_the_one_that_is_told(capsys):
+    made = parser()
+    made.add_argument("--prompt", required=True)
+    with pytest.raises(SystemExit):
+        made.parse_args(["--promptt", "a"])
+    assert "--promptt; did you mean --prompt?" in capsys.readouterr().err
+    assert made.parse_args(["--prompt", "--- a title"]).prompt == "--- a title"
 
 
 PROGRAMS = [archive, bench, bench_peers, chat, check, download, fuzz, parity, serve, stress]

@@ -120,6 +120,45 @@ def test_two_nodes_of_one_rank_each_give_the_logits_and_the_text_of_one(job: dic
     check(alone, torchrun(job, [*node, "--node-rank=0"], [*node, "--node-rank=1"]))
 
 
+def two_machines(first: Path, second: Path) -> list[tuple[int, str, str]]:
+    """generate.py's status and words on two ranks, each with a checkpoint of its own."""
+    shared = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    shared |= {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    flags = ["--prompt", "a", "--max-new-tokens", "3", "--max-seq-len", "64", "--quiet", "--ignore-eos"]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "generate.py", "--checkpoint", str(folder), *flags],
+            env={**os.environ, **shared, "RANK": str(rank)},
+            cwd=PROJECT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, folder in enumerate((first, second))
+    ]
+    try:
+        said = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            end(process)
+    return [(process.returncode, *each) for process, each in zip(processes, said, strict=True)]
+
+
+def test_machines_with_other_weights_are_refused_and_with_other_defaults_are_not(job: dict, tmp_path: Path) -> None:
+    args = ModelArgs(dim=64, n_layers=2, n_heads=8, multiple_of=32, vocab_size=96)
+    params = {"dim": 64, "n_layers": 2, "n_heads": 8, "multiple_of": 32, "norm_eps": args.norm_eps, "vocab_size": 96}
+    folders = {}
+    for name, seed, longest in (("ours", 0, 512), ("again", 0, 1024), ("theirs", 1, 512)):
+        source = write_meta(
+            tmp_path / f"meta-{name}", random_weights(args, seed), params, Path(job["folder"]) / "tokenizer.model"
+        )
+        folders[name] = convert(source, tmp_path / name, max_seq_len=longest, progress=False)
+    (status, text, _), (other, _, _) = two_machines(folders["ours"], folders["again"])
+    assert (status, other) == (0, 0) and text
+    for status, text, error in two_machines(folders["ours"], folders["theirs"]):
+        assert (status, text) == (1, "") and "the weights on rank(s) [1] differ from rank 0's" in error
+
+
 def test_a_number_of_ranks_that_cannot_work_is_refused_with_those_that_can(job: dict) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT)}
     flags = ["--checkpoint", job["demo"], "--prompt", "x"]

@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from command_line import Parser
+from command_line import Parser, end_with
 from tools.memory_check import CONVERSION_LIMIT, Usage, measure
 from tools.random_checkpoint import SHAPES, write_random_checkpoint
 
@@ -103,4 +103,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

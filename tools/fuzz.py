@@ -21,7 +21,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from command_line import Parser
+from command_line import Parser, end_with
 from tools.fuzz_damage import damage
 from tools.fuzz_readers import Finding, FuzzError, Limits, Worker, examine
 from tools.fuzz_samples import make_samples
@@ -167,8 +167,6 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
+        end_with(main)
     except FuzzError as error:
         sys.exit(f"fuzz: error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)

@@ -34,7 +34,7 @@ from tokenizers import Tokenizer as Trained
 from tqdm import tqdm
 
 from checkpoint_converter import convert
-from command_line import Parser
+from command_line import Parser, end_with
 from demo import world
 from engine.config import EngineConfig
 from engine.sequence import SamplingParams
@@ -360,4 +360,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from command_line import Parser
+from command_line import Parser, end_with
 from deploy.configuration import PROJECT
 from engine.checkpoint import open_checkpoint
 from engine.config import EngineConfig
@@ -53,16 +53,20 @@ def measure(command: list[str]) -> Usage:
     """Run a command and watch its memory until it ends."""
     started, before, peaks = time.monotonic(), _cpu_of_children(), {"RssAnon": 0, "VmHWM": 0}
     with subprocess.Popen(command, cwd=PROJECT) as process:
-        while process.poll() is None:
-            try:
-                lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
-            except OSError:
-                break
-            for line in lines:
-                name, _, value = line.partition(":")
-                if name in peaks:
-                    peaks[name] = max(peaks[name], int(value.split()[0]) * 1024)
-            time.sleep(_EVERY_S)
+        try:
+            while process.poll() is None:
+                try:
+                    lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+                except OSError:
+                    break
+                for line in lines:
+                    name, _, value = line.partition(":")
+                    if name in peaks:
+                        peaks[name] = max(peaks[name], int(value.split()[0]) * 1024)
+                time.sleep(_EVERY_S)
+        except BaseException:
+            process.terminate()  # leaving the block waits for it
+            raise
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command)
     return Usage(time.monotonic() - started, _cpu_of_children() - before, peaks["RssAnon"], peaks["VmHWM"])
@@ -114,4 +118,4 @@ def _check(folder: Path, shape: str, form: str, shards: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)
