@@ -14,6 +14,7 @@ from handler.session import Session
 log = logging.getLogger(__name__)
 
 HEARTBEAT_S = 30.0
+LAST_WORDS_S = 2.0  # for which a process that is to end waits until all clients are told
 CRASHED, HUNG = 70, 71  # the process's exit status when its engine crashes or stops making progress
 
 
@@ -30,6 +31,7 @@ class EngineLoop(threading.Thread):
         self._capacity = engine.limits.max_batch_size + max_waiting
         self._watchdog_s = watchdog_s
         self._step_began: float | None = None
+        self._ended: RequestError | None = None
         self.step_s = 0.0  # how long the last step took
 
     @property
@@ -47,6 +49,8 @@ class EngineLoop(threading.Thread):
     def submit(self, session: Session) -> None:
         """Hand a session to the engine, or refuse it when the queue is full."""
         with self.changed:
+            if self._ended is not None:
+                raise self._ended
             if len(session.sequences) > self._capacity:
                 raise RequestError(
                     f"the request asks for {len(session.sequences)} answers; this server takes {self._capacity} at once"
@@ -89,7 +93,7 @@ class EngineLoop(threading.Thread):
                 self._once()
         except BaseException:
             log.exception("the engine failed; this process ends")
-            os._exit(CRASHED)
+            self._die(CRASHED, "the engine failed")
 
     def _once(self) -> None:
         with self.changed:
@@ -108,11 +112,11 @@ class EngineLoop(threading.Thread):
                     if not sequence.finished:  # its client may have left already
                         self.engine.enqueue(sequence)
                         self._owners[sequence.number] = session
-        self._step_began = time.monotonic()
+        began = self._step_began = time.monotonic()
         if idle:
             self.engine.heartbeat()
         outputs = self.engine.step()
-        self.step_s = time.monotonic() - self._step_began
+        self.step_s = time.monotonic() - began
         self._step_began = None
         if not outputs:
             return
@@ -139,4 +143,19 @@ class EngineLoop(threading.Thread):
             began = self._step_began
             if began is not None and time.monotonic() - began > self._watchdog_s:
                 log.error("no step was completed in %.0f s; this process ends", self._watchdog_s)
-                os._exit(HUNG)
+                self._die(HUNG, f"no step was completed in {self._watchdog_s:.0f} s")
+
+    def _die(self, status: int, why: str) -> None:
+        """End the process, but tell every client first: whoever TorchServe was not waiting for then would hang."""
+        self._step_began = None  # nobody else is to end it
+        if self.changed.acquire(timeout=LAST_WORDS_S):
+            self._ended = RequestError(f"{why}; the model starts anew: send the request again", status=503)
+            for session in [*self._inbox, *self._owners.values()]:
+                session.fail(self._ended)
+            self.changed.notify_all()
+            self.changed.release()
+        deadline = time.monotonic() + LAST_WORDS_S
+        while self.live and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.1)  # for the last reply itself
+        os._exit(status)

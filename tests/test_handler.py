@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from fake_frontend import FakeFrontend, Job
 
+import handler.engine_loop as engine_loop
 import handler.llama_handler as llama_handler
 from checkpoint_converter import convert
 from engine.config import RequestError
@@ -340,6 +342,48 @@ def test_a_request_past_its_deadline_ends_with_an_error(checkpoint: Path, tmp_pa
     for job in jobs:
         assert "request_timeout_sec" in job.lines[-1]["error"]["message"]
     wait_until(lambda: free(frontend) == SLOTS)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # how `leave` ends a thread
+@pytest.mark.parametrize("hangs", [False, True])
+def test_all_clients_are_told_before_the_process_of_a_broken_engine_ends(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hangs: bool
+) -> None:
+    ended, broken, freed = threading.Event(), threading.Event(), threading.Event()
+    statuses = []
+
+    def leave(status: int) -> None:  # a thread that ends here looks like a process that did
+        statuses.append(status)
+        ended.set()
+        freed.wait(10)
+        raise SystemExit
+
+    monkeypatch.setattr(engine_loop.os, "_exit", leave)
+    monkeypatch.setattr(llama_handler, "die_with_parent", lambda: None)
+    frontend = FakeFrontend(LlamaHandler(), settings(checkpoint, watchdog_sec=1.0), str(tmp_path))
+    step = frontend.handler.engine.step
+
+    def breaking() -> list:
+        if broken.is_set() and not hangs:
+            raise RuntimeError("planted")
+        if broken.is_set():
+            freed.wait(10)
+        return step()
+
+    monkeypatch.setattr(frontend.handler.engine, "step", breaking)
+    stream, queued = frontend.post(LONG), [frontend.post({**LONG, "stream": False}) for _ in range(SLOTS + 2)]
+    while not stream.chunks:
+        frontend.round()
+    broken.set()
+    frontend.run(stream, *queued)
+    error = stream.lines[-1]["error"]
+    assert "send the request again" in error["message"] and stream.status == 200
+    assert {json.loads(job.text.splitlines()[-1])["error"]["message"] for job in queued} == {error["message"]}
+    late = frontend.post(FRANCE)
+    frontend.run(late)
+    assert late.status == 503
+    assert ended.wait(10) and statuses == [engine_loop.HUNG if hangs else engine_loop.CRASHED]
+    freed.set()
 
 
 def test_a_setting_that_cannot_work_stops_the_start(checkpoint: Path, tmp_path: Path, monkeypatch) -> None:
