@@ -31,7 +31,7 @@ COPIED = ("log4j2.xml", "metrics.yaml")
 LONGEST_TMPDIR = 70
 STATE = "server.json"
 ANSWER_S = 60.0
-READY = "READY"
+READY, GIVEN_UP = "READY", "given up after maxRetryTimeoutInSec"
 FORGIVEN_FAILURES = 2
 TAIL_BYTES = 200_000  # of a log, to find the reason in
 OK, FULL = 200, 429  # a full queue is a sign of life too
@@ -249,7 +249,11 @@ def worker_state(record: Record, folder: Path) -> str:
         return "registering the model"
     if not workers:
         return "starting the worker"
-    return READY if workers[0]["status"] == READY else "loading the model"  # TorchServe says UNLOADING meanwhile
+    if workers[0]["status"] == READY:
+        return READY
+    # While it loads, or is to load again, TorchServe says UNLOADING and that all is well.
+    status, _ = _request(f"{record.url}/ping", None, record.key(folder, "inference"), 5.0)
+    return GIVEN_UP if status >= 500 else "loading the model"
 
 
 def _request(url: str, body: bytes | None, key: str | None, timeout_s: float) -> tuple[int, str]:

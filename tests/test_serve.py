@@ -466,3 +466,20 @@ def test_a_folder_that_is_not_converted_is_converted_once(tmp_path: Path, capsys
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError):
         checkpoint.converted(tmp_path / "empty", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model", "ping", "state"),
+    [
+        ((0, ""), 0, "starting TorchServe"),
+        ((404, ""), 200, "registering the model"),
+        ((200, '[{"workers": []}]'), 200, "starting the worker"),
+        ((200, '[{"workers": [{"status": "UNLOADING"}]}]'), 200, "loading the model"),
+        ((200, '[{"workers": [{"status": "UNLOADING"}]}]'), 500, "given up after maxRetryTimeoutInSec"),
+        ((200, '[{"workers": [{"status": "READY"}]}]'), 200, "READY"),
+    ],
+)
+def test_a_model_that_was_given_up_is_not_said_to_be_loading(tmp_path, monkeypatch, model, ping, state):
+    record = server.Record("mark", "", "http://127.0.0.1:1", "http://127.0.0.1:2", False, 1, "", "", 0.0)
+    monkeypatch.setattr(server, "_request", lambda url, *_: (ping, "") if url.endswith("/ping") else model)
+    assert server.worker_state(record, tmp_path) == state
