@@ -161,6 +161,10 @@ def plan_model(options: Options) -> Plan:
     checkpoint, given = options.checkpoint, handler.get("converted_ckpt_dir") or DEMO
     if checkpoint is None and given != DEMO:
         checkpoint = options.config.parent / Path(str(given)).expanduser()
+    for key in {"tokenizer_path", "model_args_path"} & handler.keys():
+        if isinstance(handler[key], str):  # the archive is unpacked elsewhere
+            base = Path.cwd() if key in options.values else options.config.parent
+            handler[key] = str((base / Path(handler[key]).expanduser()).resolve())
     # The settings are checked before minutes go into a conversion, but for what describes its outcome.
     handler["converted_ckpt_dir"] = str(options.build / "demo")
     _fit_queue(model_config, options.values)

@@ -12,6 +12,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+# Else it keeps every test's file in TMPDIR, by its path, and reads that again when another test's has the same.
+os.environ["TIKTOKEN_CACHE_DIR"] = ""
+
 import attention  # noqa: E402
 
 from engine import ragged_cache  # noqa: E402

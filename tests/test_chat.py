@@ -770,3 +770,18 @@ def test_the_token_comes_from_the_environment_too(
 def test_settings_say_what_is_allowed() -> None:
     with pytest.raises(RequestError, match="top_p is 2.0"):
         Settings().changed("top_p", "2")
+
+
+def test_talking_to_a_server_takes_no_torch(tmp_path: Path) -> None:
+    """Its files neither, which a session that runs already reads and writes."""
+    dialog = tmp_path / "dialog.json"
+    dialog.write_text(json.dumps([{"role": "user", "content": FRANCE}]))
+    code = (
+        "import sys\n"
+        "sys.modules['torch'] = None\n"
+        "from pathlib import Path\n"
+        "from tools import chat, chat_dialog\n"
+        f"print(chat_dialog._read_dialog(Path({str(dialog)!r})))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "") and FRANCE in done.stdout

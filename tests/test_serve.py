@@ -257,6 +257,20 @@ def test_a_description_of_the_model_is_compared_with_what_was_converted(planned,
         planned(f"model_args_path={tmp_path / 'other.json'}")
 
 
+def test_files_beside_the_checkpoint_are_found_from_wherever_they_were_named(planned, tmp_path, monkeypatch) -> None:
+    args = tmp_path / "weights" / "model_args.json"
+    args.write_text('{"dim": 1}')
+    monkeypatch.chdir(tmp_path)
+    handler = planned("TOKENIZER_PATH=own.model", "model_args_path=weights/model_args.json").model_config["handler"]
+    assert (handler["tokenizer_path"], handler["model_args_path"]) == (str(tmp_path / "own.model"), str(args))
+    (tmp_path / "conf").mkdir()
+    config = yaml.safe_load(configuration.MODEL_CONFIG.read_text())
+    config["handler"]["tokenizer_path"] = "own.model"
+    (tmp_path / "conf" / "my.yaml").write_text(yaml.safe_dump(config))
+    handler = planned(f"CONFIG={tmp_path / 'conf' / 'my.yaml'}").model_config["handler"]
+    assert handler["tokenizer_path"] == str(tmp_path / "conf" / "own.model")
+
+
 def test_real_weights_do_not_get_the_demo_models_number_of_slots(planned, tmp_path: Path) -> None:
     assert planned().model_config["handler"]["max_batch_size"] == 32
     assert planned(f"CHECKPOINT={tmp_path / 'weights'}").model_config["handler"]["max_batch_size"] is None

@@ -18,7 +18,7 @@ MODEL_NAME = "llama"
 ENTRY = Path("handler") / "llama_handler.py"
 # What converts, trains and tests has no business in a server.
 SUFFIXES = (".py", ".cpp", ".h")
-NEVER_SHIPPED = {"checkpoint_converter", "demo", "deploy", "formats", "generate", "tests", "tools"}
+NEVER_SHIPPED = {"checkpoint_converter", "demo", "deploy", "formats", "generate", "prompt_files", "tests", "tools"}
 
 
 def sources(project: Path = PROJECT) -> list[Path]:

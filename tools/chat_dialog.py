@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
+from prompt_files import read_dialogs
+from tokenizing import check_dialog
 from tools.chat_backends import AnswerError, Backend, ContextFull, Figures, Message, Settings, one_line
 
 
@@ -160,9 +162,6 @@ class Chat:
 
 def _read_dialog(path: Path) -> list[Message]:
     """The one dialog of a file, whether it ends with a question or an answer."""
-    from generate import read_dialogs
-    from tokenizing import check_dialog
-
     try:
         dialogs = [body["dialog"] for body in read_dialogs(os.path.abspath(path))]  # in full, as it takes '-' for stdin
         if len(dialogs) != 1:
