@@ -302,7 +302,7 @@ def unpack(packed: Packed) -> torch.Tensor:
         scales = packed.scales.transpose(1, 2).reshape(panels * PANEL, -1)
         weight = (numbers.unflatten(1, (-1, packed.group)) * scales.float()[:, :, None]).flatten(1)
     elif packed.kind == packing.INT8:
-        weight = (data.transpose(1, 2).flatten(2).flatten(0, 1).float() - 128) * packed.scales[:, None]
+        weight = (data.transpose(1, 2).flatten(2).flatten(0, 1).float() - 128) * packed.scales.flatten()[:, None]
     elif packed.kind == packing.KINDS[torch.bfloat16]:
         weight = data.transpose(1, 2).flatten(2).flatten(0, 1).float()
     else:
@@ -311,13 +311,24 @@ def unpack(packed: Packed) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 16, 37])
+@pytest.mark.parametrize("rows", [1, 16, 37, 300])
 def test_packing_loses_nothing(dtype: torch.dtype, rows: int) -> None:
     weight = torch.randn(rows, 128, generator=torch.Generator().manual_seed(2)).to(dtype)
     assert torch.equal(unpack(pack(weight)), weight.float())
     assert torch.equal(unpack(pack(weight[:, :77])), weight[:, :77].float())
     for scheme in map(SCHEMES.get, ON_CPU):
         assert torch.equal(unpack(pack(weight, scheme)), scheme.quantize(weight).dequantize())
+
+
+@pytest.mark.parametrize("rows", [16, 37, 300])
+@pytest.mark.parametrize("scheme", [None, *ON_CPU])
+def test_panels_of_two_weights_take_turns(scheme: str | None, rows: int) -> None:
+    gate, up = torch.randn(2, rows, 128, generator=torch.Generator().manual_seed(2)).bfloat16()
+    scheme = SCHEMES.get(scheme)
+    both = unpack(pack(gate, scheme, up)).unflatten(0, (-1, 2, PANEL))
+    for weight, found in zip((gate, up), both.unbind(1), strict=True):
+        expected = weight.float() if scheme is None else scheme.quantize(weight).dequantize()
+        assert torch.equal(found.flatten(0, 1)[:rows], expected)
 
 
 def test_large_activations_and_long_rows_do_not_overflow_whole_numbers() -> None:

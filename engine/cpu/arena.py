@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import mmap
 
 import torch
@@ -12,18 +13,19 @@ HUGE_PAGE, BLOCK, LINE = 2 << 20, 64 << 20, 64
 
 
 class Arena:
-    """Blocks of memory that tensors are copied into, one behind the other; it all goes when the last of them goes."""
+    """Blocks of memory in which tensors lie one behind the other; it all goes when the last of them goes."""
 
     def __init__(self) -> None:
         self._rest = torch.empty(0, dtype=torch.uint8)
 
-    def keep(self, tensor: Tensor) -> Tensor:
-        """A copy of the tensor."""
-        if tensor.nbytes > len(self._rest):
-            self._rest = _block(max(BLOCK, tensor.nbytes))
-        taken = self._rest[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        self._rest = self._rest[-(-tensor.nbytes // LINE) * LINE :]
-        return taken.copy_(tensor)
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Room for a tensor."""
+        size = math.prod(shape) * dtype.itemsize
+        if size > len(self._rest):
+            self._rest = _block(max(BLOCK, size))
+        taken = self._rest[:size].view(dtype).view(shape)
+        self._rest = self._rest[-(-size // LINE) * LINE :]
+        return taken
 
 
 def _block(size: int) -> Tensor:

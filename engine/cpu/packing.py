@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from quant import Quantized, Scheme
 from quant.int8 import Int8
 
 PANEL, BLOCK = 16, 32
+ROWS = 128  # packed at a time, so that they stay in the cache and little is held twice
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 INT8, INT4 = 3, 4
 
@@ -28,9 +30,47 @@ class Packed:
     group: int = BLOCK
 
 
-def pack(weight: Tensor, scheme: Scheme | None = None) -> Packed:
-    """A weight (rows, columns), quantized if a scheme is given that fits its columns."""
-    if scheme is None or not scheme.fits(weight.shape[1]):
+def pack(
+    weight: Tensor,
+    scheme: Scheme | None = None,
+    beside: Tensor | None = None,
+    room: Callable[..., Tensor] = torch.empty,
+) -> Packed:
+    """A weight (rows, columns), quantized if a scheme is given that fits its columns, in memory that `room` gives.
+
+    `beside` is another one of the same shape, whose panels take turns with this one's.
+    """
+    if scheme is not None and not scheme.fits(weight.shape[1]):
+        scheme = None
+    both = (weight,) if beside is None else (weight, beside)
+    panels = -(-len(weight) // PANEL) * len(both)
+    rows = len(weight) if beside is None else panels * PANEL
+    packed, done = None, 0
+    for first in range(0, len(weight), ROWS):
+        piece = _pack(_taking_turns([each[first : first + ROWS] for each in both]), scheme)
+        if packed is None:
+            places = (
+                None if part is None else room((panels, *part.shape[1:]), dtype=part.dtype)
+                for part in (piece.data, piece.scales)
+            )
+            packed = Packed(piece.kind, rows, weight.shape[1], *places, piece.group)
+        end = done + len(piece.data)
+        packed.data[done:end] = piece.data
+        if piece.scales is not None:
+            packed.scales[done:end] = piece.scales
+        done = end
+    return packed
+
+
+def _taking_turns(weights: list[Tensor]) -> Tensor:
+    """Panels of several weights in turns, so that what is multiplied lies side by side."""
+    if len(weights) == 1:
+        return weights[0]
+    return torch.stack([_panels(weight) for weight in weights], 1).flatten(0, 2)
+
+
+def _pack(weight: Tensor, scheme: Scheme | None) -> Packed:
+    if scheme is None:
         return _pack_floats(weight)
     quantized = scheme.quantize(weight)
     return _pack_int8(quantized) if isinstance(scheme, Int8) else _pack_int4(quantized, scheme.group)
@@ -53,7 +93,8 @@ def _pack_int8(weight: Quantized) -> Packed:
     rows, columns = weight.numbers.shape
     unsigned = weight.numbers.view(torch.uint8) ^ 128
     data = _columns_together(_panels(unsigned, 128), 4, 64, 128)
-    return Packed(INT8, rows, columns, data, F.pad(weight.scales.float(), (0, -rows % PANEL)))
+    scales = F.pad(weight.scales.float(), (0, -rows % PANEL)).unflatten(0, (-1, PANEL))
+    return Packed(INT8, rows, columns, data, scales)
 
 
 def _columns_together(panels_PRK: Tensor, count: int, whole: int, value: int = 0) -> Tensor:

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from engine.cpu import library
 from engine.cpu.arena import Arena
-from engine.cpu.packing import KINDS, PANEL, Packed, pack
+from engine.cpu.packing import KINDS, PANEL, pack
 from engine.kv_cache import KVCache
 from engine.loader import OUTPUT, Limits
 from engine.sampler import adjust
@@ -98,7 +98,7 @@ class CpuRunner:
         model: Transformer,
         limits: Limits,
         group: dist.ProcessGroup | None = None,
-        fill: Callable[[nn.Module, str], None] | None = None,
+        fill: Callable[[nn.Module, str], None] = lambda module, prefix: None,
     ) -> None:
         """`fill` puts the weights of a module, whose names begin so, where so far there are only shapes."""
         self._library, self._group, self._args = library.load(), group, model.args
@@ -106,14 +106,10 @@ class CpuRunner:
         self._arena = Arena()
         self._layers = (_Layer * model.args.n_layers)()
         for number, block in enumerate(model.layers):
-            if fill is not None:
-                fill(block, f"layers.{number}.")
+            fill(block, f"layers.{number}.")
             self._layers[number] = self._layer(block, limits.scheme)
             block.to_empty(device="meta")
-        for name in ("tok_embeddings", "norm", "output"):
-            if fill is not None and getattr(model, name) is not None:
-                fill(getattr(model, name), f"{name}.")
-        self._finish(model, limits)
+        self._finish(model, limits, fill)
 
     def _layer(self, block: TransformerBlock, scheme: Scheme | None) -> _Layer:
         attention, feed_forward = block.attention, block.feed_forward
@@ -122,23 +118,33 @@ class CpuRunner:
         self._heads, self._kv_heads = (len(w) // attention.head_dim for w in (wq, wk))
         self._hidden = len(w1)
         return _Layer(
-            self._matrix(pack(torch.cat((wq, wk, wv)), scheme)),
-            self._matrix(pack(wo, scheme)),
-            self._matrix(pack(_taking_turns(w1, w3), scheme)),
-            self._matrix(pack(w2, scheme)),
+            self._matrix(torch.cat((wq, wk, wv)), scheme),
+            self._matrix(wo, scheme),
+            self._matrix(w1, scheme, w3),
+            self._matrix(w2, scheme),
             self._keep(_local(block.attention_norm).float()),
             self._keep(_local(block.ffn_norm).float()),
         )
 
-    def _finish(self, model: Transformer, limits: Limits) -> None:
+    def _finish(self, model: Transformer, limits: Limits, fill: Callable[[nn.Module, str], None]) -> None:
         args, ranks = model.args, dist.get_world_size(self._group) if self._group is not None else 1
         scheme = SCHEMES[OUTPUT] if limits.scheme is not None else None
+        fill(model.norm, "norm.")
+        # The two largest matrices one after the other, so that there is never more of them than needed.
+        tied = model.output is None
+        if not tied:
+            fill(model.output, "output.")
+            output = self._matrix(_local(model.output), scheme)
+            model.output.to_empty(device="meta")
+        fill(model.tok_embeddings, "tok_embeddings.")
         embedding = _local(model.tok_embeddings)
-        packed = pack(embedding if model.output is None else _local(model.output), scheme)
-        output = self._matrix(packed)
-        table = output
-        if model.output is not None:
-            table = self._matrix(Packed(KINDS[embedding.dtype], *embedding.shape, embedding.contiguous()))
+        if tied:
+            table = output = self._matrix(embedding, scheme)
+        else:
+            plain = self._arena.take(embedding.shape, dtype=embedding.dtype).copy_(embedding)
+            table = _Matrix(KINDS[plain.dtype], 0, *plain.shape, self._keep(plain), None)
+        model.tok_embeddings.to_empty(device="meta")
+        del embedding
         self.cache = KVCache(
             args.n_layers,
             limits.max_batch_size,
@@ -149,8 +155,8 @@ class CpuRunner:
             "cpu",
         )
         self._rows = limits.max_batch_size + MAX_PROMPT_LOGIT_ROWS
-        self._logits_RV = torch.empty(0, -(-packed.rows // PANEL) * PANEL)
-        self._vocabulary = packed.rows
+        self._logits_RV = torch.empty(0, -(-output.rows // PANEL) * PANEL)
+        self._vocabulary = output.rows
         self._sums_ND = torch.zeros(limits.max_tokens_per_step if self._group is not None else 0, args.dim)
         weights = _Weights(
             ctypes.addressof(self._layers),
@@ -158,7 +164,7 @@ class CpuRunner:
             table,
             output,
             first_vocabulary_row(args, dist.get_rank(self._group), ranks) if self._group is not None else 0,
-            model.output is None,
+            tied,
             self._keep(_rope_table(model, limits.max_seq_len)),
             self.cache.keys_LBKTH.data_ptr(),
             self.cache.values_LBKTH.data_ptr(),
@@ -170,7 +176,7 @@ class CpuRunner:
             self._kv_heads,
             args.head_dim,
             self._hidden,
-            packed.rows,
+            output.rows,
             limits.max_batch_size,
             limits.max_seq_len,
             limits.max_tokens_per_step,
@@ -181,21 +187,17 @@ class CpuRunner:
             args.norm_eps,
         )
         self._model = self._library.model_new(ctypes.byref(shape), ctypes.byref(weights))
-        for module in (model.tok_embeddings, model.norm, model.output):
-            if module is not None:
-                module.to_empty(device="meta")
+        model.norm.to_empty(device="meta")
 
     def _keep(self, tensor: Tensor) -> int:
         tensor = tensor.contiguous()
         self._kept.append(tensor)
         return tensor.data_ptr()
 
-    def _matrix(self, packed: Packed) -> _Matrix:
-        data, scales = (
-            self._keep(self._arena.keep(tensor)) if tensor is not None else None
-            for tensor in (packed.data, packed.scales)
-        )
-        return _Matrix(packed.kind, packed.group, packed.rows, packed.columns, data, scales)
+    def _matrix(self, weight: Tensor, scheme: Scheme | None = None, beside: Tensor | None = None) -> _Matrix:
+        packed = pack(weight, scheme, beside, self._arena.take)
+        scales = None if packed.scales is None else self._keep(packed.scales)
+        return _Matrix(packed.kind, packed.group, packed.rows, packed.columns, self._keep(packed.data), scales)
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> Tensor | None:
@@ -265,12 +267,6 @@ def _local(module: nn.Module) -> Tensor:
     """This rank's share of a module's weight."""
     weight = module.weight.detach()
     return weight.to_local() if isinstance(weight, DTensor) else weight
-
-
-def _taking_turns(gate: Tensor, up: Tensor) -> Tensor:
-    """Panels of both in turns, so that what is multiplied lies side by side."""
-    padded = [nn.functional.pad(weight, (0, 0, 0, -len(weight) % PANEL)) for weight in (gate, up)]
-    return torch.stack([weight.unflatten(0, (-1, PANEL)) for weight in padded], 1).flatten(0, 2)
 
 
 def _rope_table(model: Transformer, positions: int) -> Tensor:
