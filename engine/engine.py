@@ -95,7 +95,7 @@ class Engine:
         # What a checkpoint says of these two is a default.
         args = replace(checkpoint.args, max_seq_len=limits.max_seq_len, max_batch_size=limits.max_batch_size)
         ranks.agree("the model and its limits", f"{args} {limits}")
-        ranks.agree("the weights", checkpoint.weights)
+        ranks.agree("the files of weights", checkpoint.weights)
         return cls(load_runner(checkpoint, limits, ranks), limits, ranks, checkpoint.args.vocab_size), checkpoint
 
     @property

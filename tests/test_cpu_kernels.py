@@ -320,6 +320,12 @@ def test_packing_loses_nothing(dtype: torch.dtype, rows: int) -> None:
         assert torch.equal(unpack(pack(weight, scheme)), scheme.quantize(weight).dequantize())
 
 
+@pytest.mark.parametrize("scheme", [None, *ON_CPU])
+def test_a_share_of_no_rows_is_packed_too(scheme: str | None) -> None:
+    packed = pack(torch.zeros(0, 128, dtype=torch.bfloat16), SCHEMES.get(scheme))
+    assert (packed.rows, packed.columns, packed.data.numel()) == (0, 128, 0)
+
+
 @pytest.mark.parametrize("rows", [16, 37, 300])
 @pytest.mark.parametrize("scheme", [None, *ON_CPU])
 def test_panels_of_two_weights_take_turns(scheme: str | None, rows: int) -> None:

@@ -156,7 +156,7 @@ def test_machines_with_other_weights_are_refused_and_with_other_defaults_are_not
     (status, text, _), (other, _, _) = two_machines(folders["ours"], folders["again"])
     assert (status, other) == (0, 0) and text
     for status, text, error in two_machines(folders["ours"], folders["theirs"]):
-        assert (status, text) == (1, "") and "the weights on rank(s) [1] differ from rank 0's" in error
+        assert (status, text) == (1, "") and "the files of weights on rank(s) [1] differ from rank 0's" in error
 
 
 def test_a_number_of_ranks_that_cannot_work_is_refused_with_those_that_can(job: dict) -> None:

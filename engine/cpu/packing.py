@@ -46,7 +46,7 @@ def pack(
     panels = -(-len(weight) // PANEL) * len(both)
     rows = len(weight) if beside is None else panels * PANEL
     packed, done = None, 0
-    for first in range(0, len(weight), ROWS):
+    for first in range(0, max(len(weight), 1), ROWS):  # a rank may have no rows at all
         piece = _pack(_taking_turns([each[first : first + ROWS] for each in both]), scheme)
         if packed is None:
             places = (
