@@ -298,7 +298,7 @@ def unpack(packed: Packed) -> torch.Tensor:
     data = packed.data
     if packed.kind == packing.INT4:
         both = torch.stack((data & 15, data >> 4), -2).to(torch.int16) - 8
-        numbers = both.permute(0, 2, 3, 1, 4, 5).reshape(panels * PANEL, columns)
+        numbers = both.transpose(1, 2).reshape(panels * PANEL, columns)
         scales = packed.scales.transpose(1, 2).reshape(panels * PANEL, -1)
         weight = (numbers.unflatten(1, (-1, packed.group)) * scales.float()[:, :, None]).flatten(1)
     elif packed.kind == packing.INT8:
