@@ -245,7 +245,7 @@ def test_32_clients_at_once_get_what_each_gets_alone(service: Service, client: O
         ({"response_format": {"type": "json_object"}}, "response_format", "only"),
         ({"messages": []}, "messages", ""),
         ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]}, "messages", ""),
-        ({"messages": [{"role": "user", "content": "word " * SEQ_LEN}]}, "prompt", str(SEQ_LEN)),
+        ({"messages": [{"role": "user", "content": "word " * SEQ_LEN}]}, "messages", str(SEQ_LEN)),
         ({"seed": 2**70}, None, "digits"),
     ],
 )
@@ -258,6 +258,7 @@ def test_a_request_that_is_wrong_raises_bad_request_naming_the_option(
     error = raised.value
     assert (error.status_code, error.type, error.param) == (400, "invalid_request_error", param)
     assert said in error.message and error.request_id
+    assert (error.code == "context_length_exceeded") == (said == str(SEQ_LEN))
 
 
 @pytest.mark.parametrize(
