@@ -160,6 +160,13 @@ def test_a_full_disk_is_told_in_one_line(checkpoint: Path) -> None:
     assert ended.stderr == "generate.py: error: the answer cannot be written: No space left on device\n"
 
 
+def test_a_closed_stdout_is_told_before_anything_is_loaded() -> None:
+    command = f"{sys.executable} generate.py --checkpoint /nowhere --quiet --prompt x >&-"
+    ended = subprocess.run(["bash", "-c", command], cwd=PROJECT, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert ended.returncode == 1
+    assert ended.stderr == "generate.py: error: stdout is closed: the answer cannot be written\n"
+
+
 def test_the_same_seed_gives_the_same_text_in_a_crowd(llm: LLM) -> None:
     params = SamplingParams(temperature=2.0, seed=7, max_tokens=40)
     alone = llm.generate([Request(prompt=STORY, params=params)])[0]
@@ -300,6 +307,7 @@ BAD_FILES = [
     ("prompts", b"", "holds no prompt"),
     ("prompts", b'{"prompt": "a"}\n{"prompt": ', "line 2: not JSON"),
     ("prompts", b'{"prompt": "a"}\n[1]', 'line 2: needs an object such as {"prompt": "..."}, not list'),
+    ("prompts", b'{"prompt": "a", "max_new_tokens": 0}', "max_new_tokens is 0; only prompt_logprobs can be had"),
     ("prompts", b'{"prompt": "a", "temprature": 1}', "unknown option 'temprature'; did you mean 'temperature'?"),
     ("prompts", b'{"prompt": "a", "dialog": []}', "a request needs either 'prompt' or 'dialog'"),
     ("prompts", b'{"prompt": "a", "temperature": "hot"}', "temperature is 'hot'"),
