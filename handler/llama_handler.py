@@ -140,7 +140,7 @@ class LlamaHandler(BaseHandler):
         for request_id in [request_id for request_id in self._sessions if request_id not in present]:
             self._end(self._sessions[request_id], FinishReason.CANCELLED)
         self._untaken = {request_id: kept for request_id, kept in self._untaken.items() if request_id in present}
-        answered_at_once, began = False, time.monotonic()
+        answered_at_once, began = False, None
         for place in range(len(data)):
             request_id = ids[place]
             if request_id in self._sessions:
@@ -151,7 +151,9 @@ class LlamaHandler(BaseHandler):
                 del ids[place]
                 continue
             new = self._untaken.pop(request_id, None) or (ctx.get_all_request_header(place), data[place])
-            if time.monotonic() - began > self.settings.poll_sec:  # reading long bodies takes time: others have news
+            began = began or time.monotonic()
+            # Long bodies take time, and others have news: but one is read in every call.
+            if time.monotonic() - began > self.settings.poll_sec:
                 self._untaken[request_id] = new
                 del ids[place]
                 continue

@@ -297,6 +297,23 @@ def test_bodies_that_take_long_to_read_hold_up_nobody_elses_answer(
     assert not frontend.handler._untaken
 
 
+def test_a_new_body_is_read_in_every_call_however_slow_that_is(
+    frontend: FakeFrontend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = [frontend.post(LONG) for _ in range(SLOTS)]
+    frontend.round()
+    resume = frontend.handler._loop.resume
+
+    def slow(session) -> None:
+        time.sleep(0.05)  # four of them take longer than the tenth of a second for new bodies
+        resume(session)
+
+    monkeypatch.setattr(frontend.handler._loop, "resume", slow)
+    late = frontend.post({"prompt": 5})
+    frontend.round()
+    assert late.status == 400 and not any(job.done for job in running)
+
+
 def test_a_body_that_is_compressed_is_refused_by_its_encoding(frontend: FakeFrontend) -> None:
     job = frontend.post(b"\x1f\x8b", **{"Content-Encoding": "gzip"})
     frontend.run(job)
