@@ -390,12 +390,12 @@ def test_all_clients_are_told_before_the_process_of_a_broken_engine_ends(
     while not stream.chunks:
         frontend.round()
     broken.set()
-    frontend.run(stream, *queued)
+    frontend.run(stream, *queued, rounds=200)
     error = stream.lines[-1]["error"]
     assert "send the request again" in error["message"] and stream.status == 200
     assert {json.loads(job.text.splitlines()[-1])["error"]["message"] for job in queued} == {error["message"]}
     late = frontend.post(FRANCE)
-    frontend.run(late)
+    frontend.run(late, rounds=50)
     assert late.status == 503
     assert ended.wait(10) and statuses == [engine_loop.HUNG if hangs else engine_loop.CRASHED]
     freed.set()
