@@ -579,6 +579,15 @@ class TestAddedTokens:
             assert oracle.encode(text, add_special_tokens=False) == expected, text
             assert all(reader.encode(text, bos=False, eos=False) == expected for reader in readers), text
 
+    def test_a_piece_with_a_space_is_found_where_spaces_are_markers(self, tmp_path: Path) -> None:
+        path = train_tokenizer(tmp_path / "tokenizer.model", user_defined_symbols=["<tool>"])
+        vocabulary = forgetful(read_vocabulary(path))
+        id = vocabulary.tokens.index("<tool>")
+        tokens = tuple("<to ol>" if token == "<tool>" else token for token in vocabulary.tokens)
+        (tmp_path / "spaced.model").write_bytes(dataclasses.replace(vocabulary, tokens=tokens).sentencepiece())
+        theirs = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "spaced.model"))
+        assert id in theirs.encode("x<to ol>y") and id not in theirs.encode("x<tool>y")
+
     def test_a_server_gets_what_says_where_added_text_stands(self, tuned: Path, tmp_path: Path) -> None:
         """A tokenizer.model has no word on the spaces around a token that transformers added."""
         files = read_vocabulary(tuned / "tokenizer.model").served_files()
