@@ -121,12 +121,12 @@ def leave(flags: argparse.Namespace) -> bool:
         asyncio.run(post(running.port, {**STORY, "max_new_tokens": 1, "stream": False}))  # one more: tells the gauges
         time.sleep(1)
         used = running.metric("llama_requests_running"), running.metric("llama_requests_waiting")
-        early = [rss for number, rss in memory if number <= 300][-1]
+        at, early = [pair for pair in memory if pair[0] <= 300][-1]
         late = statistics.mean(rss for number, rss in memory if number > flags.requests - 200)
         print(f"requests {sum(outcomes.values())}: {dict(outcomes)}")
         print(f"running, waiting at the end: {used}")
         print(
-            f"resident memory of the ranks: {early / 2**20:.1f} MiB at request 300, {late / 2**20:.1f} MiB at the end"
+            f"resident memory of the ranks: {early / 2**20:.1f} MiB at request {at}, {late / 2**20:.1f} MiB at the end"
         )
 
         async def as_many_as_slots() -> list[Answer]:
