@@ -251,9 +251,10 @@ TOKEN = "262"
 class Completions:
     """A server that answers with as many words as it is asked for, in chunks that do not end where events do."""
 
-    def __init__(self, status: int = 200, missing: int = 0) -> None:
+    def __init__(self, status: int = 200, missing: int = 0, per_token_s: float = 0.0) -> None:
+        """Every token of a prompt but the first takes time."""
         self.bodies: list[dict] = []
-        self._status, self._missing = status, missing
+        self._status, self._missing, self._per_token_s = status, missing, per_token_s
 
     async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = (await reader.readuntil(b"\r\n\r\n")).decode()
@@ -264,6 +265,7 @@ class Completions:
             writer.write(f"HTTP/1.1 {self._status} No\r\nContent-Length: 4\r\nConnection: close\r\n\r\nbusy".encode())
         else:
             writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+            await asyncio.sleep(self._per_token_s * (len(body["prompt"]) - 1))
             events = b"".join(
                 b'data: {"choices": [{"text": "%s"}]}\n\n' % text
                 for text in [b"word"] * (body["max_tokens"] - self._missing) + [b""]
@@ -312,6 +314,12 @@ def test_an_answer_that_is_not_whole_is_an_error(completions, said):
 def test_a_long_prompt_among_streams_is_timed_against_their_steps():
     felt = with_server(Completions(), lambda target: intrude(target, [Ask((5,), 90)] * 2, Ask(tuple(range(3, 40)), 2)))
     assert 0 < felt.step_s and felt.steps == felt.worst_s / felt.step_s
+
+
+def test_a_long_prompt_waits_for_streams_that_begin_late():
+    streams = [Ask((5,), 90), Ask((5, 6), 90)]
+    felt = with_server(Completions(per_token_s=0.05), lambda target: intrude(target, streams, Ask((3, 4, 5), 2)))
+    assert 0.1 <= felt.first_token_s and 0 < felt.step_s < 0.05
 
 
 def test_arrivals_and_shared_beginnings_are_as_asked_and_the_same_for_a_seed():

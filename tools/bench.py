@@ -85,7 +85,7 @@ def bench_service(flags: argparse.Namespace, machine: Machine) -> Row:
     """One TorchServe with one kind of weights: clients in step, arrivals at random, a shared prefix, guests, chats."""
     weights, rows = Weights(flags.shape), []
     most, shape = max(flags.streams), Shape(first_token_limit_s=flags.ttft_limit, per_token_limit_s=flags.tpot_limit)
-    slots = max(most, 3)  # a stream, one that times it, and a guest
+    slots = max(most, 2)  # a stream and a guest
     device = choose_device(flags.device, Launch())
     choices = {"DEVICE": device.partition(":")[0], "cuda_graphs": str(flags.cuda_graphs).lower()}
     with torchserve(weights, flags.served, slots, flags.threads, **choices) as target:
@@ -99,7 +99,7 @@ def bench_service(flags: argparse.Namespace, machine: Machine) -> Row:
                 row["bandwidth_share"] = size * row["tokens_per_s"] / row["streams"] / machine.read_bytes_per_s
             rows.append(row)
             print(SERVICE.line(row), flush=True)
-        intrusion, chat = bench.intrusion(min(8, slots - 2)), bench.second_turn()
+        intrusion, chat = bench.intrusion(min(8, slots - 1)), bench.second_turn()
     print(
         f"a prompt of {intrusion['prompt']} among {intrusion['streams']} streams: longest gap "
         f"{intrusion['gap_in_steps']:.1f} decode steps, its first token after {intrusion['first_token_s']:.2f} s\n"

@@ -15,6 +15,7 @@ from tools.bench_report import PERCENTILES, percentile
 from tools.http_answers import BROKEN, posted, read_head, read_pieces
 
 HUNG_S = 600.0
+_RUNNING, _LOOK_S = 4, 0.002  # tokens of a stream that runs, and how often that is looked at
 # Every token is this one's: random weights would else give pieces of characters, which servers hold back.
 BIAS = 100
 
@@ -109,9 +110,10 @@ class Load:
         return asks
 
 
-async def ask(target: Target, wanted: Ask) -> Seen:
-    """Send one request and read its answer to the end."""
-    seen = Seen(time.perf_counter())
+async def ask(target: Target, wanted: Ask, seen: Seen | None = None) -> Seen:
+    """Send one request and read its answer to the end; who watches what is seen of it gives that to be filled."""
+    seen = seen or Seen(0.0)
+    seen.started = time.perf_counter()
     try:
         async with asyncio.timeout(HUNG_S), posted(target.port, target.path, target.body(wanted)) as reader:
             await _read(reader, seen)
@@ -207,13 +209,14 @@ class Intrusion:
 
 async def intrude(target: Target, streams: Ordered[Ask], long: Ask) -> Intrusion:
     """Let streams run, then send a long prompt among them."""
-    running = [asyncio.create_task(ask(target, each)) for each in streams]
-    # The prompt comes once every stream runs: a third of their tokens later, as one more stream measures it.
-    scout = await ask(target, Ask(streams[0].prompt, max(2, streams[0].tokens // 3)))
+    seen = [Seen(0.0) for _ in streams]
+    running = [asyncio.create_task(ask(target, *each)) for each in zip(streams, seen, strict=True)]
+    while any(len(each.tokens) < _RUNNING and not task.done() for each, task in zip(seen, running, strict=True)):
+        await asyncio.sleep(_LOOK_S)
     came = time.perf_counter()
     intruder = await ask(target, long)
-    seen = await asyncio.gather(*running)
-    if wrong := [each.error for each in (*seen, intruder, scout) if each.error]:
+    await asyncio.gather(*running)
+    if wrong := [each.error for each in (*seen, intruder) if each.error]:
         raise LoadError(f"{target.name}: {wrong[0]}")
     spans = [pair for each in seen for pair in zip(each.tokens, each.tokens[1:], strict=False)]
     latest = max(each.tokens[0] for each in seen)
