@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.gpu import processors
 from engine.gpu.ahead import overlapping, wait
 from engine.ragged_cache import RaggedCache
 
@@ -181,7 +182,7 @@ def attend_turned(qkv_ND: Tensor, cosine: Tensor, sine: Tensor, cache: RaggedCac
 def share_of_work(kv_heads: int, heads_per_key: int, width: int, shares: int) -> dict[str, int]:
     """What one program attends over, and with what: for one head a key measured on an H200, for more not yet."""
     share = {"KV_HEADS": kv_heads, "HEADS_PER_KEY": heads_per_key, "WIDTH": width, "SHARES": shares}
-    share["NUMBERS"] = triton.next_power_of_2(width)
+    share["NUMBERS"] = max(16, triton.next_power_of_2(width))  # products of matrices take no fewer
     if heads_per_key == 1:
         return share | {"QUERIES": 1, "POSITIONS": 16, "num_warps": 2}
     return share | {"QUERIES": max(16, triton.next_power_of_2(heads_per_key)), "POSITIONS": 32, "num_warps": 4}
@@ -189,6 +190,5 @@ def share_of_work(kv_heads: int, heads_per_key: int, width: int, shares: int) ->
 
 def _shares(sequences: int, device: torch.device) -> int:
     """Into how many shares each sequence's positions go, so that all of a GPU has work."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-    wanted = _PROGRAMS_PER_PROCESSOR * processors // sequences
+    wanted = _PROGRAMS_PER_PROCESSOR * processors(device) // sequences
     return min(_MOST_SHARES, 1 << max(0, wanted.bit_length() - 1))
