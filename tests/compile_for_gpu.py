@@ -6,6 +6,7 @@ A process of its own, as Triton's interpreter, which the tests compute with, and
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -33,7 +34,8 @@ def compiled(capability: int, kernel: Any, constants: dict[str, Any], **tensors:
     constants = dict(constants)
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
     if "AHEAD" in kernel.arg_names:
-        constants["AHEAD"] = options["launch_pdl"] = capability >= 90
+        options["launch_pdl"] = capability >= 90
+        constants["AHEAD"] = constants.get("AHEAD", "all") if capability >= 90 else "none"
     signature = {name: "i32" if name in NUMBERS else TENSORS.get(name, "*bf16") for name in kernel.arg_names}
     signature |= dict.fromkeys({"epsilon", "scale"} & signature.keys(), "fp32") | tensors
     signature |= dict.fromkeys(constants, "constexpr")
@@ -46,11 +48,16 @@ def compiled(capability: int, kernel: Any, constants: dict[str, Any], **tensors:
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
+def order(made: CompiledKernel) -> list[str]:
+    """When it lets the next kernel begin, and waits for the one before."""
+    return re.findall(r"griddepcontrol\.(\w+)", made.asm["ptx"])
+
+
 def products(capability: int, scheme: Scheme) -> Iterator[dict[str, Any]]:
     """What few and some tokens take."""
     group = scheme.group if isinstance(scheme, Int4) else None
     for tokens in (16, 64):
-        constants = product.share_of_work(tokens, group) | {"EXACT": "tf32", "ADD": True}
+        constants = product.share_of_work(tokens, group) | {"EXACT": "tf32", "ADD": True, "AHEAD": "one"}
         if group is None:
             made = compiled(capability, product.whole_numbers, constants | {"FP8": scheme.name == "fp8"})
         else:
@@ -61,6 +68,7 @@ def products(capability: int, scheme: Scheme) -> Iterator[dict[str, Any]]:
             "shared": made.metadata.shared,
             "tensor cores": "mma" in made.asm["ptx"],
             "loads ahead": "cp.async" in made.asm["ptx"],
+            "order": order(made),
         }
 
 
@@ -85,16 +93,13 @@ def others(capability: int) -> Iterator[dict[str, Any]]:
         (attention.attend, attention.share_of_work(8, 4, 128, 1), {}),
     ):
         made = compiled(capability, kernel, constants, **tensors)
-        yield {"what": f"{kernel.__name__} {constants}", "shared": made.metadata.shared, "ptx": made.asm["ptx"]}
+        yield {"what": f"{kernel.__name__} {constants}", "shared": made.metadata.shared, "order": order(made)}
 
 
 if __name__ == "__main__":
     capability = int(sys.argv[1])
     found = {
         "products": [each for scheme in SCHEMES.values() for each in products(capability, scheme)],
-        "others": [
-            {"what": each["what"], "shared": each["shared"], "waits": "griddepcontrol.wait" in each["ptx"]}
-            for each in others(capability)
-        ],
+        "others": list(others(capability)),
     }
     print(json.dumps(found))

@@ -29,7 +29,7 @@ from llama2 import ModelArgs, RowwiseLinear, rotate
 from quant import SCHEMES
 
 pytest.importorskip("triton", reason="Triton, which PyTorch for CUDA brings along, is not installed")
-from engine.gpu import attention, choice, pointwise  # noqa: E402
+from engine.gpu import ahead, attention, choice, pointwise  # noqa: E402
 
 DEVICE = "cuda:0" if torch.cuda.is_available() else "cpu"
 # PyTorch's attention takes no float32 on a GPU; Triton's interpreter is exact in it.
@@ -244,6 +244,31 @@ def test_a_gpu_without_it_is_told_so_and_served_all_the_same(
     assert asked == [("cuda:0", torch.bfloat16, TINY)] * 2
 
 
+class OnAGpu(list):
+    """Tokens, for who asks where they are and how many."""
+
+    device = torch.device("cuda:0")
+
+
+@pytest.mark.parametrize(
+    ("capability", "tokens", "how"),
+    [
+        ((9, 0), 1, {"AHEAD": "all", "launch_pdl": True}),
+        ((10, 0), 2, {"AHEAD": "one", "launch_pdl": True}),
+        ((8, 9), 1, {"AHEAD": "none"}),
+    ],
+)
+def test_only_kernels_of_a_single_token_have_more_than_one_ahead(
+    capability: tuple[int, int], tokens: int, how: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    ahead._can_overlap.cache_clear()
+    try:
+        assert ahead.overlapping(OnAGpu(tokens * [0])) == how
+    finally:
+        ahead._can_overlap.cache_clear()
+
+
 # Bytes of shared memory that a program may have, by compute capability. For 8.0 and 8.6 the code is that of 8.9 but for
 # fp8, and these have as much or more.
 SHARED_MEMORY = {89: 99 << 10, 90: 227 << 10}
@@ -262,11 +287,13 @@ def test_all_kernels_compile_for_gpus_that_are_not_here_and_fit_into_them(capabi
     assert done.returncode == 0, done.stderr[-2000:]
     made = json.loads(done.stdout)
     assert len(made["products"]) == 2 * len(SCHEMES) and len(made["others"]) == 15
+    alone, begin, wait = ("unpack_bytes", "unpack_halves", "rotate_and_place", "largest"), "launch_dependents", "wait"
     for each in made["products"]:
         assert each["tensor cores"] and each["loads ahead"], each
+        assert each["order"] == ([wait, begin] if capability >= 90 else []), each
     for each in made["products"] + made["others"]:
         assert each["shared"] <= SHARED_MEMORY[capability], each
-    # Those of single tokens overlap where a GPU can do that.
-    alone = ("unpack_bytes", "unpack_halves", "rotate_and_place", "largest")
+    # Those of single tokens overlap, as many as there is room for, where a GPU can do that.
     for each in made["others"]:
-        assert each["waits"] == (capability >= 90 and not each["what"].startswith(alone)), each
+        overlaps = capability >= 90 and not each["what"].startswith(alone)
+        assert each["order"] == ([begin, wait] if overlaps else []), each

@@ -19,19 +19,29 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 @triton.jit
 def wait(AHEAD: tl.constexpr):
-    """Let the next kernel begin, and go on when the one before has ended."""
-    if AHEAD:
+    """Let the next kernel begin, and go on when the one before has ended; the one behind the next may begin, too, if
+    "all" are ahead and not "one".
+    """
+    if AHEAD == "all":
         gdc_launch_dependents()
+    if AHEAD != "none":
         gdc_wait()
+    if AHEAD == "one":
+        gdc_launch_dependents()
 
 
-def overlapping(x: Tensor) -> dict[str, Any]:
-    """How a kernel that takes this is launched."""
-    return _overlapping(x.device)
+def overlapping(x_ND: Tensor) -> dict[str, Any]:
+    """How a kernel that takes these tokens is launched.
+
+    Programs that wait take room on the processors. Those of a single token are small, and there are many for each
+    processor one after the other. Of more tokens there are few and large ones, which came to lie on few processors
+    when several kernels were ahead: 16 tokens took 105 us a layer of 7B in int8 with one ahead, 188 with all.
+    """
+    if not _can_overlap(x_ND.device):
+        return {"AHEAD": "none"}
+    return {"AHEAD": "all" if len(x_ND) == 1 else "one", "launch_pdl": True}
 
 
 @cache
-def _overlapping(device: torch.device) -> dict[str, Any]:
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
-        return {"AHEAD": True, "launch_pdl": True}
-    return {"AHEAD": False}
+def _can_overlap(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
