@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -52,6 +53,35 @@ def test_products_are_those_of_the_numbers_that_the_weights_stand_for(name: str,
             expected, found = counted @ weight_t, layer(x.to(DEVICE)).cpu()
             assert found.dtype == dtype and found.shape == (tokens, rows)
             assert (found.float() - expected).abs().max() <= TOLERANCE[dtype] * expected.abs().max()
+
+
+@pytest.fixture
+def anew() -> Iterator[None]:
+    """How many programs have arrived is counted by as many processors as a test says."""
+    product._arrived.cache_clear()
+    yield
+    product._arrived.cache_clear()
+
+
+@pytest.mark.parametrize("processors", [1, 100], ids=["whole rows", "rows in two parts"])
+@pytest.mark.parametrize("name", SCHEMES)
+def test_rows_are_cut_in_two_where_they_are_too_few_for_all_processors(
+    name: str, processors: int, anew: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Widths that two programs cannot share alike, and one of a single block."""
+    monkeypatch.setattr(product, "processors", lambda _: processors)
+    random = torch.Generator().manual_seed(1)
+    for columns in (128, 384, 640):
+        quantized = SCHEMES[name].quantize(torch.randn(100, columns, generator=random))
+        layer, weight_t = QuantizedLinear(quantized).to(DEVICE), quantized.dequantize().t()
+        for tokens in (3, 40):
+            x, more = (torch.randn(tokens, size, generator=random) for size in (columns, 100))
+            expected = x @ weight_t + more
+            for _ in range(2):  # what was counted begins anew
+                found = times(layer, x.to(DEVICE), more.to(DEVICE)).cpu()
+                assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+    arrived = product._arrived(layer.numbers.device)
+    assert len(arrived) == 2 * processors and not arrived.any()
 
 
 @pytest.mark.parametrize("name", SCHEMES)

@@ -5,23 +5,29 @@ Importing this needs Triton, which comes with PyTorch for CUDA; `engine.gpu.line
 
 from __future__ import annotations
 
+import math
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.gpu import processors
 from engine.gpu.ahead import overlapping, wait
 from engine.gpu.single import times_numbers
 
 # With more tokens than this a weight is unpacked first, and PyTorch multiplies.
 MANY = 64
 _UNPACKED = 2048  # bytes of one program
+# With fewer of them for each processor two programs share the columns of a block of rows.
+_LEAST_PROGRAMS = 2
 
 
 @triton.jit
 def whole_numbers(
-    x, weights, scales, residual, y, tokens, rows, columns,
+    x, weights, scales, residual, y, parts, arrived, tokens, rows, columns,
     FP8: tl.constexpr, ADD: tl.constexpr, AHEAD: tl.constexpr, EXACT: tl.constexpr,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -30,9 +36,10 @@ def whole_numbers(
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     starts = weights + tl.minimum(row, rows - 1).to(tl.int64)[:, None] * columns
     x_starts, token_exists = x + token.to(tl.int64)[None, :] * columns, (token < tokens)[None, :]
+    begin, end = share_of(columns, COLUMNS)
     wait(AHEAD)
     total = tl.zeros((ROWS, TOKENS), tl.float32)
-    for start in range(0, columns, COLUMNS):
+    for start in range(begin, end, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
         inside = column < columns
         numbers = tl.load(starts + column[None, :], inside[None, :], 0)
@@ -41,12 +48,12 @@ def whole_numbers(
             numbers = numbers.to(tl.float8e4nv, bitcast=True).to(tl.float32)  # from there to 16 bits is quick
         total = tl.dot(numbers.to(some_x.dtype), some_x, total, input_precision=EXACT)
     total *= tl.load(scales + row, row < rows, 0.0)[:, None]
-    put(total, residual, y, row, token, tokens, rows, ADD)
+    put(total, residual, y, parts, arrived, row, token, tokens, rows, ADD)
 
 
 @triton.jit
 def halves_of_bytes(
-    x, weights, scales, residual, y, tokens, rows, columns, half,
+    x, weights, scales, residual, y, parts, arrived, tokens, rows, columns, half,
     ADD: tl.constexpr, AHEAD: tl.constexpr, GROUP: tl.constexpr, EXACT: tl.constexpr, BITS: tl.constexpr,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -60,9 +67,10 @@ def halves_of_bytes(
     groups = half // GROUP
     starts, scale_starts = weights + some_row * half, scales + some_row * (2 * groups)
     x_starts, token_exists = x + token.to(tl.int64)[None, :] * columns, (token < tokens)[None, :]
+    begin, end = share_of(half, COLUMNS)
     wait(AHEAD)
     total = tl.zeros((ROWS, TOKENS), tl.float32)
-    for start in range(0, half, COLUMNS):
+    for start in range(begin, end, COLUMNS):
         column, group = start + tl.arange(0, COLUMNS), start // GROUP + tl.arange(0, COLUMNS // GROUP)[None, :]
         pairs = tl.load(starts + column[None, :], (column < half)[None, :], 0)
         low_x = tl.load(x_starts + column[:, None], (column < half)[:, None] & token_exists, 0.0)
@@ -73,7 +81,15 @@ def halves_of_bytes(
         low, high = as_floats(pairs, low_x.dtype, BITS)
         total = tl.dot(low * spread(low_scale, GROUP), low_x, total, input_precision=EXACT)
         total = tl.dot(high * spread(high_scale, GROUP), high_x, total, input_precision=EXACT)
-    put(total, residual, y, row, token, tokens, rows, ADD)
+    put(total, residual, y, parts, arrived, row, token, tokens, rows, ADD)
+
+
+@triton.jit
+def share_of(columns, COLUMNS: tl.constexpr):
+    """Which of the columns are this program's, whole blocks of them."""
+    size = tl.cdiv(tl.cdiv(columns, COLUMNS), tl.num_programs(2)) * COLUMNS
+    begin = tl.program_id(2) * size
+    return begin, tl.minimum(begin + size, columns)
 
 
 @triton.jit
@@ -129,13 +145,26 @@ def as_floats(pairs, dtype: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def put(total, residual, y, row, token, tokens, rows, ADD: tl.constexpr):
-    """Sums of rows and tokens to their places."""
+def put(total, residual, y, parts, arrived, row, token, tokens, rows, ADD: tl.constexpr):
+    """Sums of rows and tokens to their places; if several programs share the columns, by the last of them."""
     place = token.to(tl.int64)[None, :] * rows + row[:, None]
     exists = (row < rows)[:, None] & (token < tokens)[None, :]
-    if ADD:
-        total += tl.load(residual + place, exists, 0.0).to(tl.float32)
-    tl.store(y + place, total.to(y.dtype.element_ty), exists)
+    shares, others = tl.num_programs(2), 0
+    if shares > 1:
+        size = tokens.to(tl.int64) * rows
+        tl.store(parts + tl.program_id(2) * size + place, total, exists)
+        tl.debug_barrier()
+        which = arrived + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        others = shares - 1 - tl.atomic_add(which, 1, sem="acq_rel")
+        if others == 0:
+            total = tl.zeros(total.shape, tl.float32)
+            for share in range(shares):
+                total += tl.load(parts + share * size + place, exists, 0.0, cache_modifier=".cg")
+            tl.store(which, 0)
+    if others == 0:
+        if ADD:
+            total += tl.load(residual + place, exists, 0.0).to(tl.float32)
+        tl.store(y + place, total.to(y.dtype.element_ty), exists)
 
 
 @triton.jit
@@ -185,15 +214,26 @@ def product(x_ND: Tensor, weights: Tensor, scales: Tensor, group: int | None, re
     y = torch.empty(tokens, rows, dtype=x_ND.dtype, device=x_ND.device)
     share = share_of_work(tokens, group) | overlapping(x_ND) | {"ADD": residual is not None}
     share["EXACT"] = "ieee" if x_ND.dtype == torch.float32 else "tf32"  # the latter says nothing about 16 bits
-    grid = (triton.cdiv(rows, share["ROWS"]), triton.cdiv(tokens, share["TOKENS"]))
+    blocks = triton.cdiv(rows, share["ROWS"]), triton.cdiv(tokens, share["TOKENS"])
+    shares = 2 if math.prod(blocks) < _LEAST_PROGRAMS * processors(x_ND.device) else 1
+    grid, parts = (*blocks, shares), torch.empty(shares, tokens, rows, device=x_ND.device)
+    arrived = _arrived(x_ND.device)
     if group is None:
         share["FP8"] = weights.dtype == torch.float8_e4m3fn
         numbers = weights.view(torch.int8)
-        whole_numbers[grid](x_ND, numbers, scales, residual, y, tokens, rows, columns, **share)
+        whole_numbers[grid](x_ND, numbers, scales, residual, y, parts, arrived, tokens, rows, columns, **share)
     else:
         share["BITS"] = str(x_ND.dtype).removeprefix("torch.") if x_ND.is_cuda else ""
-        halves_of_bytes[grid](x_ND, weights, scales, residual, y, tokens, rows, columns, weights.shape[1], **share)
+        halves_of_bytes[grid](
+            x_ND, weights, scales, residual, y, parts, arrived, tokens, rows, columns, weights.shape[1], **share
+        )
     return y
+
+
+@cache
+def _arrived(device: torch.device) -> Tensor:
+    """How many of the programs that share some rows' columns have summed theirs: 0 for all between two kernels."""
+    return torch.zeros(_LEAST_PROGRAMS * processors(device), dtype=torch.int32, device=device)
 
 
 def share_of_work(tokens: int, group: int | None) -> dict[str, int]:
