@@ -113,6 +113,22 @@ class Engine:
         """Whether a step has anything to do."""
         return bool(self._scheduler.running or self._scheduler.waiting)
 
+    def rehearse(self) -> None:
+        """Answer some prompts of every kind, and forget them: a GPU compiles its kernels and captures its steps when
+        they first come up, and the first requests would wait for that.
+        """
+        rehearsal = Engine(self._runner, self.limits, self.ranks, self.vocab_size)
+        slots, longest = self.limits.max_batch_size, self.limits.max_seq_len
+        if longest < 2:
+            return
+        batches = [(min(1 << power, slots), 2, 0.0) for power in range((slots - 1).bit_length() + 1)]
+        for count, length, temperature in [(1, 20, 1.0), (1, 100, 0.0), *batches]:
+            for _ in range(count):
+                params = SamplingParams(max_tokens=3, temperature=temperature, ignore_eos=True)
+                rehearsal.add([0] * min(length, longest - 1), params)
+            while rehearsal.busy:
+                rehearsal.step()
+
     def add(self, prompt: list[int], params: SamplingParams, eos_ids: frozenset[int] = frozenset()) -> Sequence:
         """Queue a prompt; what can never be served is refused here."""
         sequence = self.prepare(prompt, params, eos_ids)

@@ -88,6 +88,8 @@ class LlamaHandler(BaseHandler):
             raise
         self.leads = self.engine.ranks.leads
         if self.leads:
+            if self.engine.ranks.device.startswith("cuda"):
+                self.engine.rehearse()
             self._lead(ctx, self.settings, tokenizer, checkpoint.args.vocab_size)
         else:
             threading.Thread(target=self._follow, name="engine", daemon=True).start()

@@ -17,6 +17,7 @@ from tiny_models import TINY, filling, limits
 
 from engine import loader
 from engine.config import EngineConfig
+from engine.engine import Engine
 from engine.gpu import NotOnThisGpu, block
 from engine.gpu.block import FusedBlock, check_fusion
 from engine.gpu.linear import QuantizedLinear, times
@@ -73,6 +74,18 @@ def test_random_plans_give_the_logits_and_the_cache_of_the_ordinary_way(args: Mo
         for name in ("keys_LBKTH", "values_LBKTH"):
             kept = getattr(fused.cache, name)[..., :LENGTH, :]  # the position behind is for padded rows
             assert (kept - getattr(ordinary.cache, name)).abs().max() < TOLERANCE * 10
+
+
+def test_after_a_rehearsal_no_step_of_single_tokens_is_left_to_capture() -> None:
+    fused = runner(TINY, ragged=True, fused=True, cuda_graphs=True)
+    chosen = limits(slots=SLOTS, max_seq_len=LENGTH, max_tokens_per_step=LENGTH, cuda_graphs=True)
+    engine = Engine(fused, chosen, Ranks(Launch(), DEVICE, TINY), TINY.vocab_size)
+    engine.rehearse()
+    captured = set(fused._graphs._replays)
+    assert {rows for rows, _, _ in captured} == {1, 2, 4}
+    for slots in ((0,), (3,), (0, 2), (1, 2, 3), (0, 1, 2, 3)):
+        assert fused.run(StepPlan(tuple(Segment(slot, 40, (1,), 1) for slot in slots))) is not None
+    assert set(fused._graphs._replays) == captured
 
 
 @pytest.mark.parametrize("name", SCHEMES)

@@ -82,6 +82,25 @@ def wait_until(condition, seconds: float = 10.0) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.parametrize(("device", "order"), [("cpu", ["leads"]), ("cuda:0", ["rehearsed", "leads"])])
+def test_on_a_gpu_the_engine_rehearses_before_anybody_is_answered(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, order: list[str]
+) -> None:
+    load, told = llama_handler.Engine.load, []
+
+    def loaded(*arguments: object) -> tuple:
+        engine, opened = load(*arguments)
+        engine.ranks.device = device
+        engine.rehearse = lambda: told.append("rehearsed")
+        return engine, opened
+
+    monkeypatch.setattr(llama_handler.Engine, "load", loaded)
+    monkeypatch.setattr(LlamaHandler, "_lead", lambda *_: told.append("leads"))
+    monkeypatch.setattr(llama_handler, "die_with_parent", lambda: None)
+    FakeFrontend(LlamaHandler(), settings(checkpoint), str(tmp_path))
+    assert told == order
+
+
 def test_a_streamed_answer_comes_in_lines_and_ends_with_reason_and_usage(frontend: FakeFrontend) -> None:
     job = frontend.post(FRANCE)
     frontend.run(job)

@@ -227,3 +227,17 @@ def test_a_capture_that_fails_while_running_ahead_costs_no_token(counting: type[
         alone(MODEL, [4, 5, 6, 7], params),
     ]
     assert not engine._runner.runs_ahead
+
+
+@pytest.mark.parametrize("longest", [1, 2, 64])
+def test_a_rehearsal_leaves_everybody_the_tokens_that_it_gets_alone(longest: int) -> None:
+    rng = random.Random(3)
+    engine = ahead_of(slots=5, max_seq_len=longest)
+    engine.rehearse()
+    assert not engine.busy and engine.slots.free == 5 and engine.steps == 0
+    if longest == 64:
+        rows = {rows for rows, _, _ in engine._runner._graphs._replays}
+        assert rows == {1, 2, 4, 5}
+        for _ in range(20):
+            prompt, params = random_request(rng, [[0] * 40])
+            assert finish(engine, engine.add(prompt, params)) == alone(MODEL, prompt, params)

@@ -226,8 +226,8 @@ class EngineBench:
         return Run(batch, prompt, tokens, tuple(first.values()), tuple(decode), wall, gaps)
 
     def warm_up(self) -> None:
-        """Touch every weight once, as the first step of a process is slower than all others."""
-        self.run(1, 8, 3)
+        """Touch every weight once, as the first step of a process is slower than all others; a GPU compiles, too."""
+        self.engine.rehearse() if self._marks is not None else self.run(1, 8, 3)
 
     def decode_row(self, run: Run, machine: Machine) -> dict[str, Any]:
         """The decode steps of a run as figures, each beside what the machine could do."""
