@@ -10,12 +10,13 @@ import os
 import re
 from collections.abc import Iterable
 from enum import IntEnum
+from functools import cached_property
 from typing import Protocol
 
 from sentencepiece import SentencePieceProcessor
 
 import tokenizing
-from tokenizing import Dialog, TokenizerError, check_dialog, read_file
+from tokenizing import Dialog, TokenizerError, read_file
 
 _MARKER = "\u2581"
 _TAGS = (b"[INST]", b"[/INST]", b"<<SYS>>", b"<</SYS>>")
@@ -81,12 +82,11 @@ class Tokenizer(tokenizing.Tokenizer):
         text = super().decode(ids)
         return text[1:] if self._adds_space and text.startswith(" ") else text
 
-    def encode_dialog(self, dialog: Dialog) -> list[int]:
-        """The Llama-2 chat prompt of a dialog, with Meta's ids except where client text spells a tag.
+    def _encode_dialog(self, dialog: Dialog) -> list[int]:
+        """The Llama-2 chat prompt, with Meta's ids except where client text spells a tag.
 
         Such a tag is spelled out in ids that the template never uses, so it reads the same and commands nothing.
         """
-        check_dialog(dialog)
         contents = [message["content"] for message in dialog]
         system = contents.pop(0) if dialog[0]["role"] == "system" else None
         ids: list[int] = []
@@ -153,8 +153,15 @@ class Tokenizer(tokenizing.Tokenizer):
             raise _tag_error()
         return ids
 
+    @cached_property
+    def _control_ids(self) -> dict[str, int]:
+        return {self._model.id_to_piece(id): id for id in range(self.vocab_size) if self._model.is_control(id)}
+
     def _encode(self, text: str) -> list[int]:
         return self._model.encode(text)
+
+    def _encode_behind(self, text: str) -> list[int]:
+        return getattr(self._model, "encode_behind", self._model.encode)(text)
 
 
 def _render_turn(user: str, answer: str | None, system: str | None) -> tuple[str, frozenset[int]]:

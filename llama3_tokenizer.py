@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import tokenizing
-from tokenizing import Dialog, TokenizerError, check_dialog, read_file
+from tokenizing import Dialog, TokenizerError, read_file
 
 # How Llama 3 cuts text into words, within which bytes merge. As published, for tiktoken and in tokenizer.json.
 SPLIT_PATTERN = (
@@ -86,12 +86,11 @@ class Tokenizer(tokenizing.Tokenizer):
         ends = {model.control[name] for name in (END_OF_TEXT, END_OF_MESSAGE, END_OF_TURN) if name in model.control}
         self.stop_ids = frozenset({self.eos_id, *ends, *stop_ids})
 
-    def encode_dialog(self, dialog: Dialog) -> list[int]:
-        """The Llama-3 chat prompt of a dialog, with Meta's ids; it has control tokens where the format puts them only.
+    def _encode_dialog(self, dialog: Dialog) -> list[int]:
+        """The Llama-3 chat prompt, with Meta's ids; it has control tokens where the format puts them only.
 
         There is no system message but the client's: Meta's code adds none, unlike the template of Llama 3.1.
         """
-        check_dialog(dialog)
         control = self._model.control
         if not control.keys() >= {START_HEADER, END_HEADER, END_OF_TURN}:
             raise TokenizerError(
@@ -106,6 +105,10 @@ class Tokenizer(tokenizing.Tokenizer):
     def _header(self, role: str) -> list[int]:
         control = self._model.control
         return [control[START_HEADER], *self._encode(role), control[END_HEADER], *self._encode("\n\n")]
+
+    @property
+    def _control_ids(self) -> Mapping[str, int]:
+        return self._model.control
 
     def _encode(self, text: str) -> list[int]:
         return [id for part in _parts(text) for id in self._model.encode(part)]

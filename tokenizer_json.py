@@ -232,7 +232,9 @@ class _Pieces:
         self._bos_id, self._eos_id = file.bos_id, file.eos_id
         if missing := _BYTE_PIECES - self._text.keys():
             raise file.error(f"has no token {min(missing)}, without which not every text has ids")
-        self.encode = file.encoder(*layout)
+        self.encode = self.encode_behind = file.encoder(*layout)
+        if (layout[1] or {}).get("prepend_scheme") == "first":  # only a text at the beginning gets a space
+            self.encode_behind = file.encoder(None, layout[1] | {"prepend_scheme": "never"})
 
     def vocab_size(self) -> int:
         return len(self._pieces)

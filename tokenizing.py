@@ -9,7 +9,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from reprlib import repr as short_repr
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from chat_template import ChatTemplate
 
 Message = dict[str, str]
 Dialog = list[Message]
@@ -43,6 +46,9 @@ class Tokenizer(ABC):
     answer_begins_with_space: ClassVar[bool]
     """Whether the space between a chat prompt and its answer is the answer's."""
 
+    template: "ChatTemplate | None" = None
+    """The model's own chat format, if that is not Llama's."""
+
     _bytes_by_id: list[bytes]
 
     def encode(self, text: str, *, bos: bool, eos: bool) -> list[int]:
@@ -63,13 +69,35 @@ class Tokenizer(ABC):
             raise TokenizerError(f"token id {id} is outside this vocabulary: allowed are 0 to {self.vocab_size - 1}")
         return self._bytes_by_id[id]
 
-    @abstractmethod
     def encode_dialog(self, dialog: Dialog) -> list[int]:
         """The chat prompt of a dialog, in which no client text can command what only the chat format may."""
+        if self.template is None:
+            check_dialog(dialog)
+            return self._encode_dialog(dialog)
+        check_messages(dialog)
+        control = self._control_ids
+        bos, eos = (next(name for name, id in control.items() if id == end) for end in (self.bos_id, self.eos_id))
+        ids: list[int] = []
+        for part in self.template.split(dialog, control, bos, eos):
+            ids += [part] if isinstance(part, int) else self._encode_behind(part) if ids else self._encode(part)
+        return ids if ids[:1] == [self.bos_id] else [self.bos_id, *ids]
+
+    @abstractmethod
+    def _encode_dialog(self, dialog: Dialog) -> list[int]:
+        """The same in Llama's own format."""
+
+    @property
+    @abstractmethod
+    def _control_ids(self) -> Mapping[str, int]:
+        """All tokens that are no text, by name."""
 
     @abstractmethod
     def _encode(self, text: str) -> list[int]:
         """The ids of a text that is one."""
+
+    def _encode_behind(self, text: str) -> list[int]:
+        """The same of a text with a control token in front."""
+        return self._encode(text)
 
     def _joined(self, ids: Iterable[int]) -> bytes:
         return b"".join(map(self.token_bytes, ids))
@@ -80,6 +108,14 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
 
     The packages that only one kind needs are imported only for that kind.
     """
+    from chat_template import template_beside
+
+    tokenizer = _load(path)
+    tokenizer.template = template_beside(path)
+    return tokenizer
+
+
+def _load(path: str | os.PathLike[str]) -> Tokenizer:
     opening = read_file(path)[:4096]
     if _JSON.match(opening):
         import tokenizer_json
@@ -143,12 +179,7 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
 
 def check_dialog(dialog: object) -> None:
     """Raise DialogError unless this is [system,] user, assistant, user, ... ending with user."""
-    if not isinstance(dialog, list):
-        raise DialogError(f"a dialog is a list of messages, not {type(dialog).__name__}")
-    if not dialog:
-        raise DialogError("the dialog is empty: give at least one message with the role 'user'")
-    for index, message in enumerate(dialog):
-        _check_message(index, message)
+    for index, message in enumerate(check_messages(dialog)):
         role = message["role"]
         if role == "system":
             if index > 0:
@@ -161,10 +192,21 @@ def check_dialog(dialog: object) -> None:
                 f"dialog[{index}]: role {role!r} where {expected!r} is due; after an optional 'system' message "
                 "the roles alternate 'user', 'assistant', 'user', ..."
             )
-    if role != "user":
+
+
+def check_messages(dialog: object) -> Dialog:
+    """Raise DialogError unless these are messages, the last of them from the user."""
+    if not isinstance(dialog, list):
+        raise DialogError(f"a dialog is a list of messages, not {type(dialog).__name__}")
+    if not dialog:
+        raise DialogError("the dialog is empty: give at least one message with the role 'user'")
+    for index, message in enumerate(dialog):
+        _check_message(index, message)
+    if message["role"] != "user":
         raise DialogError(
-            f"dialog[{index}]: the last message is from {role!r}; end with one from 'user' to be answered"
+            f"dialog[{index}]: the last message is from {message['role']!r}; end with one from 'user' to be answered"
         )
+    return dialog
 
 
 def _check_message(index: int, message: object) -> None:

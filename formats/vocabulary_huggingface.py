@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from chat_template import text_beside
 from formats import vocabulary_tokenizer_json
 from formats.source import FormatError, read_json
 from formats.vocabulary import FILLER, GENERATION, MARKER, MAX_FILE_BYTES, TokenType, Vocabulary, checked_value
@@ -91,7 +92,7 @@ def _with_settings(vocabulary: Vocabulary, content: Mapping[str, Any], folder: P
     """The vocabulary with the special tokens and the chat template beside it; `content` is tokenizer.json's."""
     config, special_map = _optional(folder / CONFIG), _optional(folder / SPECIAL_MAP)
     ids = ranked(vocabulary.tokens)
-    changes: dict[str, Any] = {"chat_template": _chat_template(folder, config)} | added_ends(content)
+    changes: dict[str, Any] = added_ends(content)
     for name in ("bos", "eos", "pad"):
         where, key = (CONFIG if f"{name}_token" in config else SPECIAL_MAP), f"{name}_token"
         entry = config.get(key, special_map.get(key))
@@ -104,6 +105,7 @@ def _with_settings(vocabulary: Vocabulary, content: Mapping[str, Any], folder: P
         if isinstance(config.get(f"{name}_token"), bool):
             changes[name] = config[f"{name}_token"]
     try:
+        changes["chat_template"] = text_beside(folder / TOKENIZER)
         stops = stop_ids_beside(folder / TOKENIZER)
     except TokenizerError as error:
         raise FormatError(str(error)) from None
@@ -118,22 +120,6 @@ def _with_settings(vocabulary: Vocabulary, content: Mapping[str, Any], folder: P
         kept = {name: _content(folder / name) for name in _KEPT if (folder / name).is_file()}
         changes["originals"] = {**vocabulary.originals, **kept}
     return dataclasses.replace(vocabulary, **changes)
-
-
-def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """The template from its own file, or from tokenizer_config.json: one, or the default of several."""
-    if (folder / TEMPLATE).is_file():
-        try:
-            return _content(folder / TEMPLATE).decode()
-        except UnicodeDecodeError as error:
-            raise FormatError(f"{folder / TEMPLATE}: is no UTF-8 text ({error.reason})") from None
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        named = (entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default")
-        template = next((entry.get("template") for entry in named), None)
-    if template is not None and not isinstance(template, str):
-        raise FormatError(f"{folder / CONFIG}: chat_template is {template!r:.80}; a text is needed")
-    return template
 
 
 def _content(path: Path) -> bytes:
