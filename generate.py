@@ -424,7 +424,7 @@ def run(flags: argparse.Namespace, launch: Launch) -> None:
     requests = requests_from(flags) if launch.rank == 0 else []  # who follows could only drain a common stdin
     config = EngineConfig(
         max_seq_len=flags.max_seq_len,
-        max_batch_size=flags.max_batch_size,
+        max_batch_size=flags.max_batch_size if flags.prompt is None else flags.max_batch_size or 1,
         max_tokens_per_step=flags.max_tokens_per_step,
         prefill_beside_decode=flags.prefill_beside_decode,
         prefix_reuse=not flags.no_prefix_reuse,

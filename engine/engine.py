@@ -92,6 +92,13 @@ class Engine:
         limits = Limits.settle(config, checkpoint.args, device)
         ranks = Ranks(launch, device, checkpoint.args)
         preflight(checkpoint.args, limits, ranks, config.memory_fraction)
+        made_for = checkpoint.manifest.get("context_length")
+        if launch.rank == 0 and isinstance(made_for, int) and limits.max_seq_len > made_for:
+            log.warning(
+                "max_seq_len is %d, but the model was made for %d tokens; what it says behind them may be nonsense",
+                limits.max_seq_len,
+                made_for,
+            )
         # What a checkpoint says of these two is a default.
         args = replace(checkpoint.args, max_seq_len=limits.max_seq_len, max_batch_size=limits.max_batch_size)
         ranks.agree("the model and its limits", f"{args} {limits}")

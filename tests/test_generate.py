@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -397,3 +398,29 @@ def test_a_rank_that_is_not_the_first_speaks_only_if_it_is_still_there_after_a_w
     assert main(["--prompt", "x", "--checkpoint", "/nowhere"]) == 1
     assert (waited, said_before) == (([], []) if local_rank == 0 else ([generate.FIRST_RANK_SPEAKS_WITHIN_S], [""]))
     assert capsys.readouterr().err.startswith("generate.py: error: /nowhere: ")
+
+
+@pytest.mark.parametrize(("flags", "slots"), [([], 1), (["--max-batch-size", "3"], 3)])
+def test_one_prompt_takes_one_slot_unless_more_are_wanted(
+    checkpoint: Path, flags: list[str], slots: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = []
+
+    class Watched(generate.LLM):
+        def __init__(self, *arguments: object) -> None:
+            super().__init__(*arguments)
+            loaded.append(self)
+
+    monkeypatch.setattr(generate, "LLM", Watched)
+    assert main(["--checkpoint", str(checkpoint), "--quiet", "--prompt", "x", "--max-new-tokens", "1", *flags]) == 0
+    assert loaded[0].engine.limits.max_batch_size == slots
+
+
+@pytest.mark.parametrize(("length", "warned"), [(4096, False), (4097, True)])
+def test_more_positions_than_a_model_was_made_for_are_warned_of(
+    checkpoint: Path, length: int, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, "engine")
+    generate.LLM(checkpoint, EngineConfig(max_seq_len=length, max_batch_size=1)).close()
+    said = "max_seq_len is 4097, but the model was made for 4096 tokens; what it says behind them may be nonsense"
+    assert [record.getMessage() for record in caplog.records] == [said] * warned

@@ -444,6 +444,16 @@ def test_nothing_running_is_said_and_is_no_error(tmp_path: Path, capsys: pytest.
     assert "did you mean 'MAX_SEQ_LEN'" in capsys.readouterr().err
 
 
+def test_words_in_front_of_make_are_not_passed_over_in_silence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TP", "2")
+    monkeypatch.setenv("CHECKPOINT", "/weights")
+    serve.main(["stop", f"BUILD={tmp_path}", "tp=2"])  # make exports what it was told, too
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert warnings == ["warning: CHECKPOINT of the environment is not read; say: make stop CHECKPOINT=..."]
+
+
 def test_a_record_of_a_server_that_is_gone_counts_as_not_running(tmp_path: Path, capsys) -> None:
     folder = tmp_path / "serve"
     folder.mkdir()

@@ -247,6 +247,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--fault", action="store_true", help="serve it with a wrong RoPE base, to see this fail")
     parser.add_argument("--through", type=_formats, default=[], metavar="FORMAT,...", help=f"of {', '.join(FORMATS)}")
     flags = parser.parse_args(argv)
+    if any(word.upper().startswith("CHECKPOINT=") for word in flags.words):
+        parser.error("CHECKPOINT is the demo model here, whose scores in transformers these are compared with")
     name = "fault" if flags.fault else "table"
     try:
         rows = compare(WORK / name, flags.fault, flags.through, flags.words)

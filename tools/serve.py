@@ -43,6 +43,10 @@ class Progress:
             self._open = False
 
 
+# What somebody may have put in front of `make serve` instead of behind it.
+_BEHIND = ("CHECKPOINT", "CONFIG", "TP", "DTYPE", "QUANTIZATION", "MAX_SEQ_LEN", "MAX_BATCH_SIZE")
+
+
 def start(options: Options) -> int:
     """Start the server, or leave one alone that already is what was asked for."""
     from tools.archive import archive, digest
@@ -146,6 +150,9 @@ def _run(command: str, words: list[str]) -> int:
     options = Options()
     try:
         options = Options.from_words(words)
+        said = {word.partition("=")[0].upper() for word in words}
+        for name in (name for name in _BEHIND if name in os.environ and name not in said):
+            print(f"warning: {name} of the environment is not read; say: make {command} {name}=...", file=sys.stderr)
         if command == "status":
             return status(options)
         with server.only_one(options.build / "serve"):
