@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -10,10 +11,12 @@ import os
 import pickle
 import stat
 import warnings
+import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
@@ -233,7 +236,19 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-class _MetadataUnpickler(pickle.Unpickler):
+class DataUnpickler(pickle._Unpickler):  # the one in Python, whose steps can be replaced
+    """Fills the objects of a pickle, but no class and no function that it names: those are everybody's."""
+
+    def load_build(self) -> None:
+        target = self.stack[-2]
+        if isinstance(target, type | FunctionType | BuiltinFunctionType):
+            raise pickle.UnpicklingError(f"the pickle changes {target.__name__}; refused")
+        super().load_build()
+
+    dispatch = pickle._Unpickler.dispatch | {pickle.BUILD[0]: load_build}
+
+
+class _MetadataUnpickler(DataUnpickler):
     """Reads DCP's metadata, which is a pickle, without letting it call anything but the metadata's own classes."""
 
     _METADATA = "torch.distributed.checkpoint.metadata"
@@ -342,6 +357,15 @@ class _CheckedReader(FileSystemReader):
         if self._metadata.storage_meta is None:
             self._metadata.storage_meta = StorageMeta()
         return self._metadata
+
+    def _slice_file(self, file: Any, sinfo: Any) -> Any:
+        """A block, which is a zip file as torch.save writes it; compressed it could be of any size."""
+        part = io.BytesIO(super()._slice_file(file, sinfo).read())
+        with zipfile.ZipFile(part) as archive:
+            if any(each.compress_type != zipfile.ZIP_STORED for each in archive.infolist()):
+                raise CheckpointError(f"{sinfo.relative_path}: has compressed records; torch.save writes none")
+        part.seek(0)
+        return part
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         places = self._metadata.storage_data

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import pickle
 import re
 import stat
 import sys
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
-from engine.checkpoint import tiles
+from engine.checkpoint import DataUnpickler, tiles
 from formats.megatron_layout import Arguments, field_of, is_no_weight
 from formats.megatron_ranks import Unneeded, load_contents
 from formats.source import FLOAT_DTYPES, MOST_LAYERS, FormatError, byte_bar, first_line, read_json, shape_text
@@ -249,7 +248,7 @@ class _Tensor:
         return tensor
 
 
-class _TensorUnpickler(pickle.Unpickler):
+class _TensorUnpickler(DataUnpickler):
     """Reads the pickle of one plain tensor."""
 
     _MADE = {
@@ -278,7 +277,7 @@ class _Properties:
         self.dtype = state[0]
 
 
-class _MetadataUnpickler(pickle.Unpickler):
+class _MetadataUnpickler(DataUnpickler):
     """Reads DCP's metadata, which is a pickle: few classes are made, the known others left out, the rest refused."""
 
     _DCP = "torch.distributed.checkpoint"

@@ -32,7 +32,7 @@ from engine.config import ConfigError, RequestError
 from engine.engine import Engine
 from engine.lifeline import die_with_parent
 from engine.parallel import Launch
-from engine.sequence import FinishReason
+from engine.sequence import FinishReason, Sequence
 from handler.bodies import parse_json
 from handler.engine_loop import CRASHED, EngineLoop
 from handler.generation import Generation, Service
@@ -51,6 +51,8 @@ log = logging.getLogger("llama")
 SIGN_OF_LIFE_S = 0.25
 LEAST_WAIT_S = 0.002
 REMEMBERED = 4096
+# They are written in one go, each in some 10 us, and TorchServe takes replies up to a size.
+MOST_LOGPROBS = 1 << 18
 
 
 def more(_: bytes) -> bool:
@@ -227,6 +229,12 @@ class LlamaHandler(BaseHandler):
             if error.param == "prompt":
                 error.param = generation.content
             raise
+        told = sum(_logprobs_at_once(each, generation.stream) for each in sequences)
+        if told > MOST_LOGPROBS:
+            advice = "stream, or ask for fewer tokens, alternatives or answers"
+            raise RequestError(
+                f"up to {told} log-probabilities would be in one reply, at most {MOST_LOGPROBS}; {advice}", "logprobs"
+            )
         deadline = time.monotonic() + self.settings.request_timeout_sec
         session = Session(request_id, generation, sequences, self._tokenizer, deadline)
         self._loop.submit(session)
@@ -343,3 +351,12 @@ def _content_type(headers: dict[str, Any]) -> str:
         nested = headers.get("body", headers.get("data"))
         value = nested.get("content-type", "") if isinstance(nested, dict) else ""
     return value if isinstance(value, str) else ""
+
+
+def _logprobs_at_once(sequence: Sequence, stream: bool) -> int:
+    """How many log-probabilities one reply may have to hold of a sequence: all, or a stream's of the prompt."""
+    params, prompt = sequence.params, sequence.prompt_length
+    told = 0 if params.prompt_logprobs is None else prompt * (1 + params.prompt_logprobs)
+    if params.logprobs is not None and not stream:
+        told += (sequence.limit - prompt) * (1 + params.logprobs)
+    return told

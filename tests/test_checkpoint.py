@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copyreg
+import dataclasses
 import hashlib
 import io
 import json
 import os
 import pickle
 import shutil
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from checkpoints import PARAMS, random_tensors, write_hf, write_meta, write_tokenizer
+from checkpoints import CHANGES_A_CLASS, PARAMS, random_tensors, write_hf, write_meta, write_tokenizer
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata, TensorStorageMetadata
 from torch.distributed.device_mesh import init_device_mesh
@@ -313,6 +315,11 @@ def write_metadata(folder: Path, metadata: Any) -> None:
         (b"cos.path\njoin\n.", "asks for os.path.join"),
         (Calls(getattr, Metadata, "__init__"), "asks for the attribute '__init__'"),
         (Calls(getattr, _MEM_FORMAT_ENCODING, "__class__"), "asks for the attribute '__class__'"),
+        (CHANGES_A_CLASS, "no valid DCP metadata: the pickle changes MetadataIndex; refused"),
+        (
+            CHANGES_A_CLASS.replace(b"MetadataIndex", b"_MEM_FORMAT_ENCODING", 1),
+            "the pickle changes _MEM_FORMAT_ENCODING",
+        ),
         (b"", "no valid DCP metadata"),
         (b"nonsense", "no valid DCP metadata"),
         ({"a": 1}, "no DCP metadata but dict"),
@@ -323,6 +330,25 @@ def test_metadata_that_would_run_code_or_is_none_is_refused(folder, tmp_path, mo
     write_metadata(folder, hostile)
     assert expected in refusal(folder)
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_block_of_compressed_records_is_refused(folder: Path) -> None:
+    """A few bytes of it could take any memory."""
+    metadata = FileSystemReader(folder).read_metadata()
+    index = next(index for index in metadata.storage_data if index.fqn == "output.weight")
+    place = metadata.storage_data[index]
+    block = (folder / place.relative_path).read_bytes()[place.offset : place.offset + place.length]
+    with zipfile.ZipFile(io.BytesIO(block)) as stored, zipfile.ZipFile(folder / "small.distcp", "w") as small:
+        for record in stored.infolist():
+            small.writestr(record.filename, stored.read(record), zipfile.ZIP_DEFLATED)
+    size = (folder / "small.distcp").stat().st_size
+    metadata.storage_data[index] = dataclasses.replace(place, relative_path="small.distcp", offset=0, length=size)
+    write_metadata(folder, metadata)
+    restamp(folder, "small.distcp")
+    checkpoint = open_checkpoint(folder)
+    weight = torch.empty(checkpoint.args.tensor_shapes()["output.weight"])
+    with pytest.raises(CheckpointError, match=r"small\.distcp: has compressed records"):
+        read_tensors(checkpoint, {"output.weight": weight})
 
 
 def test_metadata_pickled_by_an_early_python_3_11_is_read(folder, monkeypatch):

@@ -833,3 +833,21 @@ def test_models_lie_where_metas_scripts_have_them(model: str, folder: str, shard
     inside = {f"consolidated.{shard:02d}.pth" for shard in range(shards)} | {"params.json", "checklist.chk"}
     inside |= {"tokenizer.model"} - beside
     assert paths == {name: name for name in beside} | {name: f"{folder}/{name}" for name in inside}
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "given", "sent"),
+    [
+        ("https://mirror.example", None, TOKEN),
+        ("http://localhost:1", None, TOKEN),
+        ("http://mirror.example", None, None),
+        ("http://mirror.example", "hf_given", "hf_given"),
+    ],
+)
+def test_a_saved_token_is_not_sent_over_plain_http_to_another_machine(
+    endpoint: str, given: str | None, sent: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr(download_hub.Repository, "_look_up", lambda _: (COMMIT, {}))
+    made = download_hub.Repository("org/model", None, given, endpoint, print, plain_allowed=True)
+    assert made._token == sent

@@ -516,3 +516,32 @@ def test_a_step_takes_few_calls_and_most_of_them_only_if_somebody_could_join(
         frontend.round()
         rounds += 1
     assert least <= rounds / 8 <= most
+
+
+TWENTY = {"mode": "text_completion", "ignore_eos": True, "temperature": 0}
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ({"prompt": "Once", "max_new_tokens": 2000, "logprobs": 20, "n": 8, "stream": False}, 2000 * 21 * 8),
+        ({"prompt": "Once", "max_new_tokens": 2000, "logprobs": 20, "n": 6, "stream": False}, None),
+        ({"prompt": "Once", "max_new_tokens": 2000, "logprobs": 20, "n": 8, "stream": True}, None),
+        (
+            {"prompt": [[5] * 1500] * 5, "max_new_tokens": 0, "prompt_logprobs": 20, "n": 2, "stream": True},
+            1500 * 21 * 10,
+        ),
+    ],
+)
+def test_more_log_probabilities_than_a_reply_can_hold_are_refused(
+    frontend: FakeFrontend, body: dict, told: int | None
+) -> None:
+    """They would hold up everybody, or end the worker."""
+    job = frontend.post({**TWENTY, **body})
+    frontend.round()
+    if told is None:
+        assert job.status != 400
+        job.open = False
+        return
+    assert job.status == 400
+    assert f"up to {told} log-probabilities would be in one reply, at most 262144; stream" in job.text

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import random_tensors
+from checkpoints import CHANGES_A_CLASS, random_tensors
 from megatron_checks import GROUPED, MHA, MODELS, TIED, WIDE_HEADS, Poison, assert_reads, read_all, refusal
 from megatron_layout import write_distributed
 
@@ -259,7 +259,7 @@ def test_distributed_checkpoints_of_other_backends_are_refused(tmp_path):
     assert f"{config}: sharded_backend is 'zarr'; only 'torch_dist' can be read" in refusal(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"nonsense", pickle.dumps([1]), pickle.dumps({"a": 1})])
+@pytest.mark.parametrize("content", [b"", b"nonsense", pickle.dumps([1]), pickle.dumps({"a": 1}), CHANGES_A_CLASS])
 def test_metadata_that_is_none_is_refused(tmp_path, content):
     write_distributed(tmp_path, random_tensors(GROUPED), GROUPED)
     (tmp_path / "iter_0000020/.metadata").write_bytes(content)

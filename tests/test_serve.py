@@ -83,6 +83,7 @@ def test_only_what_the_handler_imports_is_staged() -> None:
     names = {str(path) for path in sources()}
     assert {"handler/llama_handler.py", "handler/settings.py", "engine/engine.py", "llama2.py"} <= names
     assert {Path(name).parts[0].removesuffix(".py") for name in names} == {
+        "chat_template",
         "handler",
         "engine",
         "quant",

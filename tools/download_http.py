@@ -189,7 +189,7 @@ def split_url(url: str) -> SplitResult:
 def check_scheme(what: str, url: str) -> None:
     """Refuse an unencrypted connection to anything but this machine."""
     parts = split_url(url)
-    if parts.hostname and (parts.scheme == "https" or (parts.scheme == "http" and _is_local(parts.hostname))):
+    if parts.hostname and (parts.scheme == "https" or (parts.scheme == "http" and is_local(parts.hostname))):
         return
     raise DownloadError(f"{what}: {printable(url.partition('?')[0])} is refused; https is needed")
 
@@ -246,13 +246,14 @@ def _origin(parts: SplitResult) -> tuple[str, str | None, int | None]:
     return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
 
 
-def _is_local(host: str | None) -> bool:
+def is_local(host: str | None) -> bool:
+    """Whether a host is this machine by its name."""
     return host in ("localhost", "::1") or bool(host and re.fullmatch(r"127(\.\d{1,3}){3}", host))
 
 
 def _check_redirect(name: str, began: SplitResult, target: SplitResult) -> None:
     """A server may send us on, but not from an encrypted connection to a plain one, nor from a plain one anywhere."""
-    near = target.hostname == began.hostname or (_is_local(began.hostname) and _is_local(target.hostname))
+    near = target.hostname == began.hostname or (is_local(began.hostname) and is_local(target.hostname))
     if target.scheme != "https" and not (target.scheme == began.scheme == "http" and near):
         where = printable(f"{target.scheme}://{target.netloc}")
         raise DownloadError(f"{name}: the server redirects to {where}, which is refused; https is needed")

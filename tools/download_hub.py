@@ -18,6 +18,7 @@ from tools.download_http import (
     DownloadError,
     Hiccup,
     check_scheme,
+    is_local,
     printable,
     retry_after,
     split_url,
@@ -76,7 +77,11 @@ class Repository:
         self.endpoint = endpoint.rstrip("/")
         if not (plain_allowed and self.endpoint.startswith("http://")):
             check_scheme("the hub's endpoint", self.endpoint)
-        self._name, self._revision, self._token = name, revision, (token or "").strip() or get_token()
+        self._name, self._revision = name, revision
+        # One that was saved for the hub is not shown to whoever listens on the way to another place.
+        where = split_url(self.endpoint)
+        saved = get_token() if where.scheme == "https" or is_local(where.hostname) else None
+        self._token = (token or "").strip() or saved
         self.label = f"{self.endpoint}/{name}"
         headers = build_hf_headers(token=self._token or False, library_name="llama-on-torchserve")
         self.client = Client(headers, self._explain, note)
