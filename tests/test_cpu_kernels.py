@@ -119,8 +119,8 @@ def emulated_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(params=KINDS)
 def cpu(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, emulated_library: Path
-) -> Iterator[None]:
-    """A CPU of this kind."""
+) -> Iterator[str]:
+    """A CPU of this kind, whose name it is."""
     there, levels = library._cpu_flags(), KINDS[request.param]
     monkeypatch.setattr(library, "_cpu_flags", lambda: {*library.NEEDED, *chain.from_iterable(levels)})
     names = {"EMULATED_WIDE": library.WIDE, "EMULATED_PAIRS": library.PAIRS, "EMULATED_TILES": library.TILES}
@@ -146,7 +146,7 @@ def cpu(
         compiled = library._compile
         monkeypatch.setattr(library, "_compile", lambda source, *others: compiled(tmp_path / source.name, *others))
     library.load.cache_clear()
-    yield
+    yield request.param
     library.load.cache_clear()
 
 
@@ -172,13 +172,20 @@ def test_quantized_weights_give_the_logits_of_the_numbers_that_they_stand_for(na
         kept = weight.dim() == 1 or (each.startswith("tok_embeddings") and not args.tie_embeddings)
         wanted = SCHEMES["int8"] if each.startswith(("output", "tok_embeddings")) else chosen
         rounded[each] = weight if kept or not wanted.fits(weight.shape[1]) else wanted.quantize(weight).dequantize()
-    # What activations of eight bits leave, with a scale for every 128 or 32.
-    assert difference(logits_of(runner, args), reference(args, rounded)) <= 3e-2
+    # What activations of eight bits or a little less leave, with a scale for every 128 or 32.
+    assert difference(logits_of(runner, args), reference(args, rounded)) <= 4e-2
 
 
-@pytest.mark.usefixtures("cpu")
+def int8_scales(blocks: torch.Tensor, cpu: str) -> torch.Tensor:
+    """Of blocks (tokens, blocks, 128): without dot products of bytes, sums of four must fit 16 bits."""
+    if cpu != "AVX2":
+        return blocks.abs().amax(2, keepdim=True) / 127
+    fours = blocks.unflatten(2, (-1, 2, 2, 2)).transpose(3, 4).flatten(4)
+    return torch.maximum(fours.clamp(min=0).sum(4), (-fours).clamp(min=0).sum(4)).amax((2, 3)).unsqueeze(2) / 126
+
+
 @pytest.mark.parametrize("count", [1, 2, 5, 8, 16, 23, 40])
-def test_products_with_int8_are_those_of_whole_numbers(count: int) -> None:
+def test_products_with_int8_are_those_of_whole_numbers(cpu: str, count: int) -> None:
     """To the last bit of an activation: what is left of a model whose layers add nothing is one product."""
     args = ModelArgs(dim=200, n_layers=1, n_heads=2, vocab_size=77, ffn_hidden_dim=64, max_seq_len=LENGTH)
     weights = weights_of(args, torch.float32)
@@ -191,7 +198,7 @@ def test_products_with_int8_are_those_of_whole_numbers(count: int) -> None:
 
     x = F.rms_norm(weights["tok_embeddings.weight"][tokens], (args.dim,), weights["norm.weight"], args.norm_eps)
     blocks = F.pad(x, (0, 256 - args.dim)).unflatten(1, (2, 128))
-    scales = blocks.abs().amax(2, keepdim=True) / 127
+    scales = int8_scales(blocks, cpu)
     rounded = (blocks / scales).round() * scales
     expected = rounded.flatten(1)[:, : args.dim] @ SCHEMES["int8"].quantize(weights["output.weight"]).dequantize().T
     assert difference(logits, expected) <= 1e-5
@@ -344,7 +351,7 @@ def test_large_activations_and_long_rows_do_not_overflow_whole_numbers() -> None
     plan = StepPlan((Segment(0, 0, (1, 2, 3), 3),))
     expected = Runner(model_of(args, weights), limits(), "cpu", 1).run(plan)
     runner = CpuRunner(model_of(args, weights), limits(quantization="int8"))
-    assert difference(runner.run(plan), expected) <= 1e-2
+    assert difference(runner.run(plan), expected) <= 2e-2  # of four equal ones, each is 31.5 steps
 
 
 def test_tiny_activations_become_nothing_but_no_large_numbers() -> None:

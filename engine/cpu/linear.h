@@ -124,7 +124,7 @@ static void tokens_over(const Matrix& w, const Activations& a, int64_t token, in
         UNROLL for (int m = 0; m < M; m++)
             UNROLL for (int i = 0; i < P; i++) sums[m][i] = zeros();
         if constexpr (KIND == INT8 || KIND == INT4)
-            whole_tile<KIND, M, P>(w, a, token, panel, said, sums);
+            whole_tile<KIND, M, P>(w, a, token, panel, sums);
         else
             float_tile<KIND, M, P>(w, a, tokens, panel, said, sums);
         UNROLL for (int m = 0; m < M; m++)
@@ -185,9 +185,54 @@ static void groups_over(const Matrix& w, const Activations& a, int64_t token, in
 
 #else
 
-// Tokens of a pass where it takes several.
-template <int KIND>
-constexpr int64_t MOST = KIND == INT8 ? 3 : 6;
+// int8 go best with four or five tokens and one panel: so one group of tokens after the other is multiplied by a block of
+// weights while that is in the first cache.
+constexpr int64_t GROUPS = 4, GROUP = 5;
+
+// `count` tokens in groups of M times panels, P at once. The last group may take tokens of the one before again.
+template <int M, int P>
+static void groups_over(const Matrix& w, const Activations& a, int64_t token, int64_t count, int64_t first,
+                        int64_t last, float* y, int64_t stride, bool add) {
+    constexpr int64_t BYTES = ROUND * PANEL;
+    const int64_t groups = (count + M - 1) / M, between = w.panel_bytes();
+    int64_t panel = first;
+    for (; panel + P <= last; panel += P) {
+        Floats totals[GROUPS][M][P];
+        for (int64_t g = 0; g < groups; g++)
+            for (auto& of_token : totals[g])
+                for (Floats& v : of_token) v = zeros();
+        const char* p = w.panel(panel);
+        for (int64_t b = 0; b * ROUND < w.columns; b++, p += BYTES)
+            for (int64_t g = 0; g < groups; g++)
+                add_eights<M, P>(a, token + std::min(g * M, count - M), b, w.columns, p, between,
+                                 p + AHEAD + BYTES / groups * g, 2 * LINE / groups, totals[g]);
+        for (int64_t g = 0; g < groups; g++) {
+            scale_rows<M, P>(w, panel, totals[g]);
+            const int64_t from = std::min(g * M, count - M);
+            for (int64_t m = g * M - from; m < M; m++)
+                for (int i = 0; i < P; i++)
+                    put(y + (token + from + m) * stride + (panel + i) * PANEL, totals[g][m][i], add);
+        }
+    }
+    if constexpr (P > 1)
+        if (panel < last) groups_over<M, 1>(w, a, token, count, panel, last, y, stride, add);
+}
+
+static void int8_of(const Matrix& w, const Activations& a, int64_t tokens, int64_t first, int64_t last, float* y,
+                    int64_t stride, bool add) {
+    const int64_t passes = (tokens + GROUPS * GROUP - 1) / (GROUPS * GROUP);
+    for (int64_t i = 0, token = 0; i < passes; i++) {
+        const int64_t count = (tokens - token) / (passes - i), groups = (count + GROUP - 1) / GROUP;
+        switch ((count + groups - 1) / groups) {
+            case 1: groups_over<1, 4>(w, a, token, count, first, last, y, stride, add); break;
+            case 2: groups_over<2, 2>(w, a, token, count, first, last, y, stride, add); break;
+            case 3: groups_over<3, 1>(w, a, token, count, first, last, y, stride, add); break;
+            case 4: groups_over<4, 1>(w, a, token, count, first, last, y, stride, add); break;
+            default: groups_over<5, 1>(w, a, token, count, first, last, y, stride, add);
+        }
+        token += count;
+    }
+}
 
 #endif
 
@@ -207,8 +252,7 @@ static void few_tokens(const Matrix& w, const Activations& a, int64_t token, int
 #ifdef WIDE
     if constexpr (KIND == INT8 && M > 6) return groups_over<M / 4>(w, a, token, count, first, last, y, stride, add);
 #else
-    if constexpr (M <= MOST<KIND>)
-        if (said.from) return tokens_over<KIND, M, TOGETHER<KIND>>(w, a, token, count, first, last, y, stride, add, said);
+    if (said.from) return tokens_over<KIND, M, 1>(w, a, token, count, first, last, y, stride, add, said);
 #endif
     tokens_over<KIND, M, panels_at_once(KIND, M)>(w, a, token, count, first, last, y, stride, add);
 }
@@ -243,29 +287,26 @@ static void panels_of(const Matrix& w, const Activations& a, int64_t tokens, int
     // matter of computing, which goes best with six.
     const int64_t most = tokens > FEW ? 6 : KIND == INT4 ? 8 : 16;
 #else
-    // That weights come in one pass counts for more than how fast they are multiplied.
-    const int64_t most = tokens <= 6 ? 6 : MOST<KIND>;
+    const int64_t most = 6;
 #endif
     const int64_t passes = (tokens + most - 1) / most;
     const auto pass = [&](int64_t number) {  // whose tokens begin there
         return tokens / passes * number + std::min(number, tokens % passes);
     };
 #ifndef WIDE
-    // Several passes over one panel or two, which lie in the cache after the first: meanwhile they ask for the next ones,
-    // each for its part, so that the memory is never idle. With many tokens it is the multipliers that are waited for.
-    constexpr int64_t P = TOGETHER<KIND>;
+    // Several passes over a panel, which lies in the cache after the first: meanwhile they ask for the next one, each for
+    // its part, so that the memory is never idle. With many tokens it is the multipliers that are waited for.
     if (KIND != INT4 && passes > 1 && tokens <= 2 * FEW) {
-        for (int64_t panel = first; panel < last; panel += P) {
+        for (int64_t panel = first; panel < last; panel++) {
             const bool unasked = panel == first;
             const int64_t parts = passes - unasked;
             for (int64_t i = 0; i < passes; i++) {
                 Ahead said{w.panel(panel), 0};
                 if (i < unasked)
                     said = {};
-                else if (panel + P < last)
-                    said = {w.panel(panel + P) + P * w.panel_bytes() / parts * (i - unasked), P * LINE / parts};
-                some_tokens<KIND>(w, a, pass(i), pass(i + 1) - pass(i), panel, std::min(panel + P, last), y, stride,
-                                  add, said);
+                else if (panel + 1 < last)
+                    said = {w.panel(panel + 1) + w.panel_bytes() / parts * (i - unasked), LINE / parts};
+                some_tokens<KIND>(w, a, pass(i), pass(i + 1) - pass(i), panel, panel + 1, y, stride, add, said);
             }
         }
         return;
@@ -281,7 +322,11 @@ static void by_panels(const Matrix& w, const Activations& a, int64_t tokens, int
         case FLOAT32: return panels_of<FLOAT32>(w, a, tokens, first, last, y, stride, add);
         case BFLOAT16: return panels_of<BFLOAT16>(w, a, tokens, first, last, y, stride, add);
         case FLOAT16: return panels_of<FLOAT16>(w, a, tokens, first, last, y, stride, add);
+#ifdef WIDE
         case INT8: return panels_of<INT8>(w, a, tokens, first, last, y, stride, add);
+#else
+        case INT8: return int8_of(w, a, tokens, first, last, y, stride, add);
+#endif
         default: return panels_of<INT4>(w, a, tokens, first, last, y, stride, add);
     }
 }

@@ -80,7 +80,7 @@ class Model {
         const int64_t whole = most + TILE_SIDE;  // a tile's lines behind the last token are read, but not used
         values_.fit(most * widest * 4);
         pairs_.fit(whole * widest * 2);
-        narrow_.fit(whole * widest / ROUND * SPAN);
+        narrow_.fit(whole * widest);
         scales_.fit(whole * widest / BLOCK * 4);
         offsets_.fit(whole * widest / BLOCK * 4);
         samplers_.resize(shape.threads);

@@ -7,7 +7,8 @@
 //   bfloat16           [panel][column / 2][16][2], filled up to 32 columns; where the CPU multiplies pairs, activations
 //                      are bfloat16 too
 //   int8               [panel][column / 4][16][4], filled up to 64 columns, unsigned with an offset of 128, one scale
-//                      per row; activations are 8 bits wide with a scale for every 128
+//                      per row; activations are 8 bits wide with a scale for every 128 (with AVX2 a little less, so
+//                      that sums of four products have 16)
 //   int4               [panel][column / 8][16][4]: bytes of two columns that are four apart, unsigned with an offset of
 //                      8; scales [panel][column / group][16] in float16; activations have a scale for every 32
 #pragma once
@@ -17,11 +18,6 @@
 constexpr int64_t PANEL = LANES;
 constexpr int64_t BLOCK = 32;   // columns that share one activation scale beside int4 weights
 constexpr int64_t ROUND = 128;  // the same beside int8, and what activations are filled up to with zeros
-#ifdef WIDE
-constexpr int64_t SPAN = ROUND;
-#else
-constexpr int64_t SPAN = 2 * ROUND;  // bytes of as many whole numbers, as int8 wants their signs apart
-#endif
 constexpr int64_t CHUNK = 4;    // panels that a thread takes at once, or twice as many of large matrices
 constexpr int64_t FEW = 16;     // tokens whose activations lie side by side
 constexpr int64_t AHEAD = 2048;  // bytes of a panel that are asked for before they are needed
@@ -38,10 +34,8 @@ struct Ahead {
 template <int KIND, int P>
 constexpr bool SHARED = false;
 #else
-template <int KIND>
-constexpr int64_t TOGETHER = KIND == INT8 ? 2 : 1;  // panels that they go over at once
 template <int KIND, int P>
-constexpr bool SHARED = P == TOGETHER<KIND> && KIND != INT4;
+constexpr bool SHARED = P == 1 && KIND != INT4;
 #endif
 
 constexpr int64_t block_of(int kind) { return kind == INT4 ? BLOCK : ROUND; }
@@ -72,8 +66,8 @@ struct Matrix {
     }
 };
 
-// The tokens of a step, in whatever form the next matrix wants them. Whole numbers of few tokens lie as they are read,
-// in pieces of ROUND columns, [piece][token][SPAN]; those of more as [token][piece][SPAN].
+// The tokens of a step, in whatever form the next matrix wants them. Whole numbers lie as they are read, in pieces of
+// ROUND columns, [piece][token][ROUND], or with AVX-512 and many tokens as [token][piece][ROUND].
 struct Activations {
     float* values;     // [token][stride]
     uint16_t* pairs;   // [token][stride], for bfloat16 weights
@@ -83,10 +77,15 @@ struct Activations {
     int64_t stride;
     int64_t tokens;
 
+#ifdef WIDE
     bool few() const { return tokens <= FEW; }
-    int64_t between() const { return few() ? SPAN : stride / ROUND * SPAN; }  // one token of `narrow` and the next
+#else
+    static constexpr bool few() { return true; }
+#endif
+    int64_t between() const { return few() ? ROUND : stride; }  // one token of `narrow` and the next
     int8_t* narrow_at(int64_t token, int64_t column) const {
-        return narrow + token * between() + column / ROUND * (few() ? tokens * SPAN : SPAN) + column % ROUND;
+        const int64_t piece = few() ? (tokens | 1) * ROUND : ROUND;  // odd, as stride_of() says
+        return narrow + token * between() + column / ROUND * piece + column % ROUND;
     }
     // Where the scale and the offset of a block are, and how far behind them those of the next token.
     template <int KIND>

@@ -9,6 +9,10 @@ static inline int32_t load_int(const int8_t* p) {
     return v;
 }
 
+// What has been added to weights, to make them unsigned.
+template <int KIND>
+constexpr int32_t OFFSET = KIND == INT4 ? 8 : 128;
+
 #ifdef WIDE
 
 template <int KIND>
@@ -23,9 +27,6 @@ template <int KIND>
 struct Four {
     __m512i v;
 };
-template <int KIND>
-constexpr int32_t OFFSET = KIND == INT4 ? 8 : 128;
-
 template <int KIND>
 static inline Bytes<KIND> load_bytes(const char* p) {
     return {_mm512_loadu_si512(p)};
@@ -58,10 +59,6 @@ template <int KIND>
 struct Bytes {
     __m256i low, high;
 };
-template <>
-struct Bytes<INT8> {
-    const char* place;  // registers are too few for more
-};
 // Beside int8 the sums are 32 bits wide; beside int4 sixteen, where a block's eight products of at most 15 * 127 * 2 fit.
 template <int KIND>
 struct Dots {
@@ -71,33 +68,25 @@ template <int KIND>
 struct Four {
     __m256i v;
 };
-// Only unsigned bytes can be multiplied with signed ones: so activations beside int8 come as their sizes and, ROUND bytes
-// further, what their signs make of a weight. It takes away the offset of 128, which leaves w, or ~w = -w - 1 where the
-// activation is negative: then the product is too small by the activation's size.
-template <>
-struct Four<INT8> {
-    __m256i v, signs;
-};
-constexpr int8_t PLUS = -128, MINUS = 127;
-template <int KIND>
-constexpr int32_t OFFSET = KIND == INT4 ? 8 : 1;
 
 // Written as instructions, because GCC moves additions of whole numbers behind all products and runs out of registers.
 static inline void add16(__m256i& sum, __m256i v) { asm("vpaddw %1, %0, %0" : "+x"(sum) : "x"(v)); }
-static inline void add_signed(__m256i& sum, const char* w, Four<INT8> x) {
-    __m256i v;
-    asm("vpxor %2, %4, %1\n\tvpmaddubsw %1, %3, %1\n\tvpmaddwd %5, %1, %1\n\tvpaddd %1, %0, %0"
-        : "+x"(sum), "=&x"(v)
-        : "m"(*reinterpret_cast<const __m256i_u*>(w)), "x"(x.v), "x"(x.signs), "x"(_mm256_set1_epi16(1)));
+// Eight columns of a token times eight rows: sums of four products are 16 bits wide, for activations beside int8 are
+// rounded so that they fit.
+static inline void add_eight(__m256i& sum, __m256i first, __m256i second, const int8_t* x) {
+    __m256i v, w;
+    asm volatile(
+        "vpbroadcastd %3, %0\n\tvpbroadcastd %4, %1\n\tvpmaddubsw %0, %5, %0\n\tvpmaddubsw %1, %6, %1\n\t"
+        "vpaddw %0, %1, %0\n\tvpmaddwd %0, %7, %0\n\tvpaddd %0, %2, %2"
+        : "=&x"(v), "=&x"(w), "+x"(sum)
+        : "m"(*reinterpret_cast<const int8_t(*)[4]>(x)), "m"(*reinterpret_cast<const int8_t(*)[4]>(x + 4)), "x"(first),
+          "x"(second), "x"(_mm256_set1_epi16(1)));
 }
 
 template <int KIND>
 static inline Bytes<KIND> load_bytes(const char* p) {
     const __m256i* v = reinterpret_cast<const __m256i*>(p);
-    if constexpr (KIND == INT8)
-        return {p};
-    else
-        return {_mm256_loadu_si256(v), _mm256_loadu_si256(v + 1)};
+    return {_mm256_loadu_si256(v), _mm256_loadu_si256(v + 1)};
 }
 static inline Bytes<INT4> low_halves(Bytes<INT4> x) {
     const __m256i mask = _mm256_set1_epi8(15);
@@ -109,10 +98,7 @@ static inline Bytes<INT4> high_halves(Bytes<INT4> x) {
 }
 template <int KIND>
 static inline Four<KIND> load_four(const int8_t* p) {
-    if constexpr (KIND == INT4)
-        return {_mm256_set1_epi32(load_int(p))};
-    else
-        return {_mm256_set1_epi32(load_int(p)), _mm256_set1_epi32(load_int(p + ROUND))};
+    return {_mm256_set1_epi32(load_int(p))};
 }
 template <int KIND>
 static inline Dots<KIND> begin(int32_t offset) {
@@ -121,13 +107,8 @@ static inline Dots<KIND> begin(int32_t offset) {
 }
 template <int KIND>
 static inline Dots<KIND> dot(Dots<KIND> sums, Bytes<KIND> w, Four<KIND> x) {
-    if constexpr (KIND == INT4) {
-        add16(sums.low, _mm256_maddubs_epi16(w.low, x.v));
-        add16(sums.high, _mm256_maddubs_epi16(w.high, x.v));
-    } else {
-        add_signed(sums.low, w.place, x);
-        add_signed(sums.high, w.place + 32, x);
-    }
+    add16(sums.low, _mm256_maddubs_epi16(w.low, x.v));
+    add16(sums.high, _mm256_maddubs_epi16(w.high, x.v));
     return sums;
 }
 template <int KIND>
@@ -144,25 +125,40 @@ static inline Floats total(Dots<KIND> sums, int32_t offset) {
 
 // --- activations ---
 
-// Sixteen of a block, and the sums of what the weights' offset counts for.
+// What may not exceed MOST_OF<KIND> when activations are rounded: their sizes.
 template <int KIND>
+constexpr float MOST_OF = 127;
+template <int KIND>
+static inline Floats sizes(Floats x) {
+    return magnitude(x);
+}
+
+#ifndef WIDE
+
+// Or, of each four whose products add_eight() sums in 16 bits, what the positive or what the negative ones come to,
+// whichever is more: with weights of up to 255 it may be 128, to which rounding contributes 2.
+template <>
+constexpr float MOST_OF<INT8> = 126;
+static inline __m256 sums_of_four(__m256 x) {
+    x = _mm256_add_ps(x, _mm256_permute2f128_ps(x, x, 1));
+    return _mm256_add_ps(x, _mm256_permute_ps(x, 0xb1));
+}
+template <>
+inline Floats sizes<INT8>(Floats x) {
+    const Floats sizes = magnitude(x), all_sizes{sums_of_four(sizes.low), sums_of_four(sizes.high)};
+    return (all_sizes + magnitude({sums_of_four(x.low), sums_of_four(x.high)})) * all(0.5f);
+}
+
+#endif
+
+// Sixteen of a block, and the sums of what the weights' offset counts for.
 static inline void narrow_sixteen(int8_t* to, Floats x, __m256i& sums) {
     __m256 low, high;
     halves(x, low, high);
     const __m256i a = _mm256_cvtps_epi32(low), b = _mm256_cvtps_epi32(high);
     const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8);
-    __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
-    __m256i counted = _mm256_add_epi32(a, b);
-#ifndef WIDE
-    if constexpr (KIND == INT8) {
-        const __m256i none = _mm256_setzero_si256();
-        counted = _mm256_add_epi32(_mm256_min_epi32(a, none), _mm256_min_epi32(b, none));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + ROUND),
-                         _mm_blendv_epi8(_mm_set1_epi8(PLUS), _mm_set1_epi8(MINUS), bytes));
-        bytes = _mm_abs_epi8(bytes);
-    }
-#endif
-    sums = _mm256_add_epi32(sums, counted);
+    const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+    sums = _mm256_add_epi32(sums, _mm256_add_epi32(a, b));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), bytes);
 }
 
@@ -177,28 +173,27 @@ static void narrow_activations(const Activations& a, int64_t token, int64_t colu
         Floats most = zeros(), none = zeros();
         for (int64_t i = 0; i < EACH; i += LANES) {
             const Floats v = load(x + i);
-            most = larger(magnitude(v), most);
+            most = larger(sizes<KIND>(v), most);
             none = fused(v, zeros(), none);  // zero, unless something is no number or infinite
         }
         const float largest = largest_of(most);
-        const float magnitude = largest > 4e-37f ? largest : 0.0f;  // below, the factor would be infinite
-        const Floats factor = all(magnitude > 0 ? 127.0f / magnitude : 0.0f);
+        const float most_of = largest > 4e-37f ? largest : 0.0f;  // below, the factor would be infinite
+        const Floats factor = all(most_of > 0 ? MOST_OF<KIND> / most_of : 0.0f);
         __m256i sums = _mm256_setzero_si256();
-        for (int64_t i = 0; i < EACH; i += LANES) narrow_sixteen<KIND>(q + i, load(x + i) * factor, sums);
+        for (int64_t i = 0; i < EACH; i += LANES) narrow_sixteen(q + i, load(x + i) * factor, sums);
         __m128i s = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
         s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
         s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1));
         a.offsets[place] = -OFFSET<KIND> * _mm_cvtsi128_si32(s);
-        a.scales[place] = magnitude / 127.0f + sum_of(none);
+        a.scales[place] = most_of / MOST_OF<KIND> + sum_of(none);
     }
 }
 
 // The sums of one block of columns, whose weights are at `p`. Meanwhile N lines in every step, from one panel after the
-// other, are asked for, beginning at `next`, `step` bytes apart.
+// other, are asked for, beginning at `next`.
 template <int KIND, int M, int P, int N>
 static inline void whole_sums(const Activations& a, int64_t token, int64_t b, int64_t columns,
-                              const char* const (&p)[P], const char* const (&next)[P], Dots<KIND> (&sums)[M][P],
-                              int64_t step = LINE) {
+                              const char* const (&p)[P], const char* const (&next)[P], Dots<KIND> (&sums)[M][P]) {
     constexpr int64_t EACH = block_of(KIND), STEP = KIND == INT4 ? 8 : 4;  // columns in 64 bytes of a panel
     constexpr int TURN = N == P ? 1 : P;  // steps that are written out, so that every panel gets its turn
     if (M > 6 && !a.few()) __builtin_unreachable();  // then all lie at places that the compiler knows
@@ -219,7 +214,7 @@ static inline void whole_sums(const Activations& a, int64_t token, int64_t b, in
             }
             UNROLL for (int i = 0; i < N; i++) {
                 const int n = u * N + i;
-                _mm_prefetch(next[n % P] + (s * N / P + n / P) * step, _MM_HINT_T0);
+                _mm_prefetch(next[n % P] + (s * N / P + n / P) * LINE, _MM_HINT_T0);
             }
             UNROLL for (int m = 0; m < M; m++) {
                 const int8_t* at = x[m] + (s + u) * STEP;
@@ -258,8 +253,7 @@ static inline void scale_rows(const Matrix& w, int64_t panel, Floats (&totals)[M
 }
 
 template <int KIND, int M, int P>
-static void whole_tile(const Matrix& w, const Activations& a, int64_t token, int64_t panel, const Ahead& said,
-                       Floats (&totals)[M][P]) {
+static void whole_tile(const Matrix& w, const Activations& a, int64_t token, int64_t panel, Floats (&totals)[M][P]) {
     constexpr int64_t EACH = block_of(KIND), BYTES = EACH * PANEL / (KIND == INT4 ? 2 : 1);  // of a block's panel
     const int64_t blocks = (w.columns + EACH - 1) / EACH;
     const int64_t groups = KIND == INT4 ? w.columns / w.group : 1, each = w.group / BLOCK;
@@ -267,13 +261,8 @@ static void whole_tile(const Matrix& w, const Activations& a, int64_t token, int
     UNROLL for (int i = 0; i < P; i++) p[i] = w.panel(panel + i);
     for (int64_t b = 0; b < blocks; b++) {
         Dots<KIND> sums[M][P];
-        if (SHARED<KIND, P> && said.from) {
-            UNROLL for (int i = 0; i < P; i++) next[i] = said.from + (b * (BYTES / LINE) + i) * said.step;
-            whole_sums<KIND, M, P, 1>(a, token, b, w.columns, p, next, sums, P * said.step);
-        } else {
-            UNROLL for (int i = 0; i < P; i++) next[i] = p[i] + AHEAD;
-            whole_sums<KIND, M, P, P>(a, token, b, w.columns, p, next, sums);
-        }
+        UNROLL for (int i = 0; i < P; i++) next[i] = p[i] + AHEAD;
+        whole_sums<KIND, M, P, P>(a, token, b, w.columns, p, next, sums);
         Floats scales[P];
         if constexpr (KIND == INT4)
             UNROLL for (int i = 0; i < P; i++)
@@ -284,3 +273,39 @@ static void whole_tile(const Matrix& w, const Activations& a, int64_t token, int
     }
     if constexpr (KIND == INT8) scale_rows<M, P>(w, panel, totals);
 }
+
+#ifndef WIDE
+
+// Adds what one block of int8 weights, at `p` and `between` bytes further for each of P panels, comes to with M tokens.
+// Meanwhile what lies at `next` is asked for, and what lies `step` bytes further for every eight columns. A function of
+// its own, for GCC keeps the sums of a larger one in memory.
+template <int M, int P>
+[[gnu::noinline]] static void add_eights(const Activations& a, int64_t token, int64_t b, int64_t columns, const char* p,
+                                         int64_t between, const char* next, int64_t step, Floats (&totals)[M][P]) {
+    const int8_t* x = a.narrow_at(token, b * ROUND);
+    const int64_t place = a.place<INT8>(token, b);
+    __m256i sums[M][2 * P];
+    UNROLL for (int m = 0; m < M; m++)
+        UNROLL for (int i = 0; i < 2 * P; i++) sums[m][i] = _mm256_set1_epi32(a.offsets[place + m]);
+    const int8_t* const end = x + std::min(ROUND, columns - b * ROUND);
+    for (; x < end; x += 8, p += 8 * PANEL, next += step) {
+        UNROLL for (int i = 0; i < P; i++) {
+            _mm_prefetch(next + i * between, _MM_HINT_T0);
+            _mm_prefetch(next + i * between + step / 2, _MM_HINT_T0);
+        }
+        UNROLL for (int i = 0; i < 2 * P; i++) {
+            const __m256i* const at = reinterpret_cast<const __m256i*>(p + i / 2 * between) + i % 2;
+            const __m256i first = _mm256_loadu_si256(at), second = _mm256_loadu_si256(at + 2);
+            UNROLL for (int m = 0; m < M; m++) add_eight(sums[m][i], first, second, x + m * ROUND);
+        }
+    }
+    UNROLL for (int m = 0; m < M; m++) {
+        const Floats factor = all(a.scales[place + m]);
+        UNROLL for (int i = 0; i < P; i++) {
+            const Floats sum{_mm256_cvtepi32_ps(sums[m][2 * i]), _mm256_cvtepi32_ps(sums[m][2 * i + 1])};
+            totals[m][i] = fused(sum, factor, totals[m][i]);
+        }
+    }
+}
+
+#endif
