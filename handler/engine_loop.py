@@ -26,7 +26,7 @@ class EngineLoop(threading.Thread):
         self.engine = engine
         self.changed = threading.Condition()
         self._inbox: list[Session] = []
-        self._leaving: list[Session] = []
+        self._leaving: set[Session] = set()
         self._owners: dict[int, Session] = {}
         self._capacity = engine.limits.max_batch_size + max_waiting
         self._watchdog_s = watchdog_s
@@ -74,14 +74,13 @@ class EngineLoop(threading.Thread):
     def suspend(self, session: Session) -> None:
         """Give back what a session holds, so that `resume` can undo it; between steps, when no token is on its way."""
         with self.changed:
-            self._leaving.append(session)
+            self._leaving.add(session)
             self.changed.notify_all()
 
     def resume(self, session: Session) -> None:
         """Let a suspended session go on; what it had said already is computed again and not said again."""
         with self.changed:
-            if session in self._leaving:
-                self._leaving.remove(session)
+            self._leaving.discard(session)
             if session.resume():
                 self._inbox.append(session)
                 self.changed.notify_all()
@@ -101,7 +100,7 @@ class EngineLoop(threading.Thread):
                 idle = not self._inbox
             else:
                 idle = False
-            leaving, self._leaving = self._leaving, []
+            leaving, self._leaving = self._leaving, set()
             for session in leaving:
                 for sequence in session.suspend():
                     self.engine.cancel(sequence)

@@ -495,6 +495,26 @@ def test_a_frontend_that_stalled_gets_every_answer_as_if_nothing_had_happened(
         assert by_choice(job) == by_choice(undisturbed)
 
 
+def test_who_is_back_before_the_engine_let_go_is_not_computed_again(
+    frontend: FakeFrontend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = frontend.handler._loop
+    suspend = loop.suspend
+    monkeypatch.setattr(loop, "suspend", lambda session: None)  # the lease's own is not what is tried here
+    job = frontend.post({**LONG, "max_new_tokens": 300})
+    frontend.round()
+    (session,) = frontend.handler._sessions.values()
+    sequences = list(session.sequences)
+    with loop.changed:  # while one step runs the lease may lapse and lapse again
+        suspend(session)
+        suspend(session)
+        loop.resume(session)
+        steps = loop.engine.steps
+    wait_until(lambda: loop.engine.steps > steps + 2 or not loop.engine.running)
+    frontend.run(job)
+    assert session.sequences == sequences
+
+
 @pytest.mark.parametrize(("running", "least", "most"), [(1, 2.5, 5.5), (SLOTS, 0.9, 1.6)])
 def test_a_step_takes_few_calls_and_most_of_them_only_if_somebody_could_join(
     frontend: FakeFrontend, monkeypatch: pytest.MonkeyPatch, running: int, least: float, most: float
