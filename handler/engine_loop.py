@@ -129,10 +129,6 @@ class EngineLoop(threading.Thread):
                     self.engine.cancel(output.sequence)
                 if stopped or output.finish_reason is not None:
                     self._owners.pop(output.sequence.number, None)
-                if session.error is not None:
-                    for sequence in session.sequences:
-                        self.engine.cancel(sequence)
-                        self._owners.pop(sequence.number, None)
             self.changed.notify_all()
 
     def _watch(self) -> None:

@@ -149,7 +149,7 @@ class Session:
 
     def suspend(self) -> list[Sequence]:
         """The sequences that still run, from now on suspended."""
-        running = [] if self._suspended or self.done else [each for each in self.sequences if not each.finished]
+        running = [each for each in self.sequences if not each.finished]
         self._suspended += running
         return running
 

@@ -7,15 +7,22 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from fake_frontend import FakeFrontend, Job
+from fake_frontend import FakeFrontend, Job, MetricsProbe
 
+import engine.engine as engine_module
 import handler.engine_loop as engine_loop
 import handler.llama_handler as llama_handler
+import handler.metrics as metrics
 from checkpoint_converter import convert
 from engine.config import RequestError
+from engine.sequence import SamplingParams, Sequence
 from handler.llama_handler import LlamaHandler
+from handler.metrics import ServiceMetrics
+from handler.responses import Usage
+from handler.session import Times
 
 MODEL = Path(__file__).resolve().parent.parent / "demo" / "model"
 SLOTS, WAITING = 4, 6
@@ -123,6 +130,15 @@ def test_the_next_turn_of_a_chat_is_answered_from_what_the_cache_keeps(frontend:
     assert told["llama_prompt_tokens_cached_total"] == usage["cached_tokens"]
 
 
+def test_what_each_prompt_found_in_the_cache_is_counted_once_for_all_its_answers(frontend: FakeFrontend) -> None:
+    body = {"prompt": [[300] * 40, [400] * 40], "n": 2, "max_new_tokens": 1, "temperature": 0, "stream": False}
+    for found in (0, 2 * 38):  # of each prompt two tokens are always computed
+        job = frontend.post({**body, "mode": "text_completion"})
+        frontend.run(job)
+        usage = json.loads(job.text)["usage"]
+        assert (usage["prompt_tokens"], usage["cached_tokens"]) == (2 * 40, found)
+
+
 def test_guessed_tokens_come_in_the_same_words_and_are_counted(
     frontend: FakeFrontend, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,6 +178,34 @@ def test_an_answer_that_is_not_streamed_is_one_object(frontend: FakeFrontend) ->
     job = frontend.post({**FRANCE, "stream": False})
     frontend.run(job)
     assert json.loads(job.text)["text"] == ANSWER
+
+
+def test_a_character_of_several_tokens_comes_with_the_log_probabilities_of_all(frontend: FakeFrontend) -> None:
+    dialog = [{"role": "user", "content": "Draw fire as an emoji."}]
+    job = frontend.post({**FRANCE, "dialog": dialog, "logprobs": 0})
+    frontend.run(job)
+    assert [line["text"] for line in job.lines] == ["🔥", ""] and len(job.lines[0]["ids"]) > 3
+    assert all([each["id"] for each in line["logprobs"]] == line["ids"] for line in job.lines)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_token_that_ends_the_answer_is_an_id_and_no_text(frontend: FakeFrontend, stream: bool) -> None:
+    whole = frontend.post({**FRANCE, "stream": False})
+    frontend.run(whole)
+    *ids, dot, _ = json.loads(whole.text)["ids"]
+    stopped = frontend.post({**FRANCE, "stream": stream, "stop_token_ids": [dot]})
+    frontend.run(stopped)
+    assert [id_ for line in stopped.lines for id_ in line["ids"]] == [*ids, dot]
+    assert "".join(line["text"] for line in stopped.lines) == ANSWER.removesuffix(".")
+    assert stopped.lines[-1]["finish_reason"] == "stop"
+
+
+def test_an_answer_that_a_stop_string_ends_is_not_computed_further_while_others_go_on(frontend: FakeFrontend) -> None:
+    job = frontend.post({**LONG, "prompt": ["Once", "The"], "stop": "Tom"})
+    while not any("finish_reason" in line for line in job.lines):
+        frontend.round()
+    (session,) = frontend.handler._sessions.values()
+    assert [sequence.finished for sequence in session.sequences] == [True, False]
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -247,8 +291,10 @@ def test_when_all_clients_leave_at_once_their_slots_are_free_soon_and_the_next_c
     for _ in range(SLOTS):
         frontend.post(LONG)
     frontend.round()
+    frontend.metrics.told.clear()
     frontend.jobs.clear()  # the frontend calls no more
     wait_until(lambda: free(frontend) == SLOTS, 2.0)
+    wait_until(lambda: ("llama_requests_running", 0) in [told[:2] for told in frontend.metrics.told])
     time.sleep(0.6)
     frontend.metrics.told.clear()
     frontend.run(frontend.post(FRANCE))
@@ -316,6 +362,25 @@ def test_bodies_that_take_long_to_read_hold_up_nobody_elses_answer(
     assert not frontend.handler._untaken
 
 
+def test_nobody_waits_for_news_while_bodies_wait_to_be_read(
+    frontend: FakeFrontend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    understand, read, waited = llama_handler.understand, [], []
+
+    def slow(*arguments: object) -> object:
+        read.append(True)
+        time.sleep(0.06)  # two of them take longer than the tenth of a second for new bodies
+        return understand(*arguments)
+
+    monkeypatch.setattr(llama_handler, "understand", slow)
+    monkeypatch.setattr(frontend.handler, "_patience", lambda: waited.append(True) or 0.0)
+    for _ in range(4):
+        frontend.post({**LONG, "stream": False})
+    while not waited:
+        frontend.round()
+    assert len(read) == 4
+
+
 def test_a_new_body_is_read_in_every_call_however_slow_that_is(
     frontend: FakeFrontend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -339,9 +404,14 @@ def test_a_body_that_is_compressed_is_refused_by_its_encoding(frontend: FakeFron
     assert job.status == 415 and "'gzip'" in job.text
 
 
-def test_a_request_that_was_answered_is_not_answered_twice(frontend: FakeFrontend) -> None:
-    job = frontend.post({**FRANCE, "stream": False})
-    frontend.run(job)
+def test_a_request_that_was_answered_is_not_answered_twice(
+    frontend: FakeFrontend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llama_handler, "REMEMBERED", 2)
+    for _ in range(3):
+        job = frontend.post({**FRANCE, "stream": False})
+        frontend.run(job)
+    assert len(frontend.handler._answered) == 2
     count = len(job.chunks)
     frontend.jobs[job.request_id] = job  # a frontend that lags one reply behind sends the id once more
     frontend.round()
@@ -370,6 +440,26 @@ def test_what_finished_is_counted_and_timed(frontend: FakeFrontend) -> None:
     assert 0 < between and first + steps * between <= whole
 
 
+def test_the_gap_between_tokens_is_that_of_one_answer_however_many_there_are() -> None:
+    probe = MetricsProbe()
+    session = SimpleNamespace(
+        usage=Usage(5, 22), times=Times(10.0, 11.0, 12.0, 22.0), sequences=[Sequence([1], SamplingParams())] * 2
+    )
+    ServiceMetrics(probe, "llama").finished(session, "ok", 13.0)
+    told = {name: value for name, value, _ in probe.told}
+    assert told["llama_inter_token_latency_seconds"] == 1.0
+
+
+def test_the_load_is_told_about_once_a_second_and_at_once_when_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, probe = [100.0], MetricsProbe()
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    service = ServiceMetrics(probe, "llama")
+    for seconds, running in ((0.0, 1), (0.5, 2), (0.6, 3), (0.1, 4), (0.1, 0), (0.1, 0)):
+        now[0] += seconds
+        service.gauges(running, 0, SLOTS)
+    assert [value for name, value, _ in probe.told if name == "llama_requests_running"] == [1, 3, 0]
+
+
 def test_a_request_past_its_deadline_ends_with_an_error(checkpoint: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(llama_handler, "die_with_parent", lambda: None)
     frontend = FakeFrontend(LlamaHandler(), settings(checkpoint, request_timeout_sec=0.1), str(tmp_path))
@@ -380,11 +470,56 @@ def test_a_request_past_its_deadline_ends_with_an_error(checkpoint: Path, tmp_pa
     wait_until(lambda: free(frontend) == SLOTS)
 
 
+def test_what_came_before_an_error_is_told_in_front_of_it(frontend: FakeFrontend) -> None:
+    job = frontend.post(LONG)
+    frontend.round()
+    (session,) = frontend.handler._sessions.values()
+    wait_until(lambda: session.has_news)
+    session.deadline = 0.0
+    frontend.run(job)
+    *pieces, error = job.lines
+    assert "request_timeout_sec" in error["error"]["message"]
+    assert sum(len(piece["ids"]) for piece in pieces) == session.usage.completion_tokens > 0
+
+
+def test_one_answer_that_fails_ends_all_of_its_request(frontend: FakeFrontend, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = frontend.post({**LONG, "n": SLOTS})
+    frontend.round()
+    fails = iter([False])
+    monkeypatch.setattr(engine_module, "finite_rows", lambda logits_RV: [next(fails, True) for _ in logits_RV])
+    frontend.run(job)
+    assert "not finite" in job.lines[-1]["error"]["message"]
+    wait_until(lambda: free(frontend) == SLOTS)
+
+
+def test_who_waits_in_silence_gets_a_sign_of_life_now_and_then(
+    frontend: FakeFrontend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llama_handler, "SIGN_OF_LIFE_S", 0.1)
+    step = frontend.handler.engine.step
+    monkeypatch.setattr(frontend.handler.engine, "step", lambda: time.sleep(0.01) or step())
+    began = time.monotonic()
+    job = frontend.post({**LONG, "stream": False})
+    while len(job.chunks) < 3:
+        frontend.round()
+    assert time.monotonic() - began >= 0.3 and job.text == ""
+
+
+def test_other_ranks_hear_from_an_idle_leader_now_and_then(
+    frontend: FakeFrontend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard = threading.Event()
+    monkeypatch.setattr(engine_loop, "HEARTBEAT_S", 0.01)
+    monkeypatch.setattr(frontend.handler.engine, "heartbeat", heard.set)
+    frontend.run(frontend.post(FRANCE))  # the wait that was on its way has the old length
+    assert heard.wait(10)
+
+
 @pytest.mark.parametrize("hangs", [False, True])
 def test_all_clients_are_told_before_the_process_of_a_broken_engine_ends(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hangs: bool
 ) -> None:
-    ended, broken, freed = threading.Event(), threading.Event(), threading.Event()
+    ended, broken, stuck, freed = (threading.Event() for _ in range(4))
     statuses = []
 
     def leave(status: int) -> None:
@@ -401,6 +536,7 @@ def test_all_clients_are_told_before_the_process_of_a_broken_engine_ends(
         if broken.is_set() and not hangs:
             raise RuntimeError("planted")
         if broken.is_set():
+            stuck.set()
             freed.wait(10)
         return step()
 
@@ -409,6 +545,9 @@ def test_all_clients_are_told_before_the_process_of_a_broken_engine_ends(
     while not stream.chunks:
         frontend.round()
     broken.set()
+    if hangs:  # who comes then is not even taken by the engine's thread
+        assert stuck.wait(10)
+        queued.append(frontend.post({**LONG, "stream": False}))
     frontend.run(stream, *queued, rounds=200)
     error = stream.lines[-1]["error"]
     assert "send the request again" in error["message"] and stream.status == 200
@@ -473,7 +612,9 @@ def test_a_frontend_that_stalled_gets_every_answer_as_if_nothing_had_happened(
     frontend: FakeFrontend, stream: bool
 ) -> None:
     # Greedy, as what is computed again in chunks differs in its last bits.
+    # Who wants the prompt's log-probabilities finds nothing in the cache, so that only the others could count it.
     body = {**LONG, "max_new_tokens": 1500, "logprobs": 1, "n": 2, "stream": stream}
+    body |= {} if stream else {"prompt_logprobs": 0}
     undisturbed = frontend.post(body)
     frontend.run(undisturbed)
     jobs = [frontend.post(body) for _ in range(2)]
@@ -485,14 +626,17 @@ def test_a_frontend_that_stalled_gets_every_answer_as_if_nothing_had_happened(
     assert all(not job.done for job in (*jobs, late))
     frontend.run(*jobs, late)
 
-    def by_choice(job: Job) -> dict[int, str]:
-        texts: dict[int, str] = {}
+    def by_choice(job: Job) -> dict[int, tuple]:
+        answers: dict[int, tuple] = {}
         for line in job.lines if stream else job.lines[0]["choices"]:
-            texts[line.get("choice", 0)] = texts.get(line.get("choice", 0), "") + line.get("text", "")
-        return texts
+            text, ids, tops = answers.get(line["choice"], ("", [], []))
+            tops = tops + [each and each["id"] for each in line.get("prompt_logprobs", []) + line["logprobs"]]
+            answers[line["choice"]] = (text + line["text"], ids + line["ids"], tops)
+        return answers
 
     for job in (*jobs, late):
         assert by_choice(job) == by_choice(undisturbed)
+        assert job.lines[-1]["usage"] == undisturbed.lines[-1]["usage"]
 
 
 def test_who_is_back_before_the_engine_let_go_is_not_computed_again(

@@ -18,7 +18,7 @@ from tokenizer_fixture import train_tokenizer
 from engine.config import RequestError
 from engine.sequence import FinishReason, TokenLogprobs
 from handler.generation import Generation, Service
-from handler.openai_format import _TokenList, token_text
+from handler.openai_format import EchoedPrompt, _TokenList, token_text
 from handler.protocol import understand
 from handler.responses import Choice, Piece, Reply, Usage, error_reply, to_json
 from llama2_tokenizer import Tokenizer
@@ -193,6 +193,21 @@ def test_offsets_count_what_a_character_without_an_end_became(service: Service) 
     tokens.add(TokenLogprobs(3 + byte, -1.0, ()) for byte in b"a\xf0\x9fb\xc3\xa9c")  # 3 is <0x00>
     # a, half of a character, b, a whole one, c
     assert tokens.take(final=False)["text_offset"] == [0, 1, 1, 2, 3, 3, 4]
+    # What a prompt's last tokens began counts with the prompt: the answer's text begins anew.
+    tokens = _TokenList(service.tokenizer)
+    tokens.add_prompt(EchoedPrompt("a\ufffd", tuple(3 + byte for byte in b"a\xf0\x9f")), ())
+    tokens.add([TokenLogprobs(3 + byte, -1.0, ()) for byte in b"bc"])
+    assert tokens.take(final=False)["text_offset"] == [0, 1, 1, 2, 3]
+
+
+def test_of_two_tokens_that_read_the_same_the_likelier_one_stays(service: Service) -> None:
+    tokens = _TokenList(service.tokenizer)
+    byte, piece = 3 + ord("a"), service.tokenizer.encode("ba", bos=False, eos=False)[-1]
+    assert byte != piece and token_text(service.tokenizer, byte) == token_text(service.tokenizer, piece) == "a"
+    tokens.add([TokenLogprobs(byte, -3.0, ((piece, -0.5), (byte, -3.0)))])
+    tokens.add([TokenLogprobs(byte, -3.0, ((piece, -0.5),))])
+    found = tokens.take(final=False)
+    assert found["token_logprobs"] == [-3.0, -3.0] and found["top_logprobs"] == [{"a": -0.5}] * 2
 
 
 def test_echo_gives_the_prompt_and_its_logprobs(service: Service) -> None:
