@@ -27,6 +27,8 @@ def test_guesses_grow_with_success_and_shrink_with_failure() -> None:
     lookup.judge(120, 2, 2)
     lookup.judge(120, 4, 4)
     assert lookup.draft(tokens, 16) == (1, 2, 3, 4) * 2, "it goes round and round"
+    lookup.judge(120, 1, 1)
+    assert len(lookup.draft(tokens, 16)) == 8, "a guess that there was little room for says nothing against long ones"
     lookup.judge(120, 8, 1)
     assert len(lookup.draft(tokens, 16)) == 2
 
@@ -41,3 +43,18 @@ def test_who_is_always_wrong_is_asked_ever_less_often() -> None:
             lookup.judge(len(tokens), len(guess), 0)
     assert asked[0] == FIRST_LENGTH
     assert set(asked[1:]) == {1} and len(asked) < 8 + 1000 / LONGEST_PAUSE
+
+
+def test_what_was_said_is_looked_at_once_however_long_it_grows() -> None:
+    class Read(list):
+        times = 0
+
+        def __getitem__(self, place: int | slice) -> object:
+            Read.times += 1
+            return super().__getitem__(place)
+
+    lookup, tokens = PromptLookup(), Read(range(500))
+    for token in range(500):
+        tokens.append(1000 + token)
+        assert lookup.draft(tokens, 8) == ()
+    assert Read.times <= 500 + 2 * 500

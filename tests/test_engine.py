@@ -12,8 +12,9 @@ from tiny_models import TINY, alone, engine_of, finish, limits, model_of, random
 from engine import slots
 from engine.config import RequestError
 from engine.drafts import PromptLookup
+from engine.engine import Engine
 from engine.scheduler import StepPlan
-from engine.sequence import FinishReason, SamplingParams
+from engine.sequence import FinishReason, SamplingParams, Sequence
 
 MODEL = model_of(TINY, random_weights(TINY, seed=11))
 SCHEDULES = 500
@@ -183,6 +184,54 @@ def test_a_wrong_guess_whose_numbers_are_not_finite_harms_nobody(choices: dict) 
     found = [finish(engine, sequence) for sequence in sequences]
     assert found == [alone(MODEL, prompt, params, limits(**choices)) for prompt in prompts]
     assert all(sequence.drafted > sequence.accepted for sequence in sequences)
+
+
+@pytest.mark.parametrize("meanwhile", [False, True])
+@KERNELS
+def test_a_wrong_guess_that_overflows_in_a_sequences_last_step_leaves_nothing_to_others(
+    choices: dict, meanwhile: bool
+) -> None:
+    weights = random_weights(TINY, seed=11)
+    weights["tok_embeddings.weight"][13] = float("inf")
+    params = SamplingParams(max_tokens=20, temperature=0.0, logit_bias={13: -100.0})
+
+    def engine_after() -> tuple[Engine, Sequence]:
+        engine = engine_of(model_of(TINY, weights), limits(slots=2, max_tokens_per_step=64, draft_tokens=4, **choices))
+        ended = engine.add(list(range(20, 40)), params)
+        engine.step()
+        ended.lookup.draft = lambda tokens, most: (13,)
+        run = engine._runner.run
+
+        def run_and_cancel(plan: StepPlan) -> torch.Tensor:
+            engine.cancel(ended)  # as another thread may, while the step runs
+            return run(plan)
+
+        engine._runner.run = run_and_cancel if meanwhile else run
+        engine.step()
+        engine._runner.run = run
+        engine.cancel(ended)
+        return engine, ended
+
+    engine, ended = engine_after()
+    # The longer one takes the slot that nobody used, so what lies behind the other's tokens is masked but multiplied.
+    pair = [engine.add([9] * 30, params), engine.add([8, 8], params)]
+    assert [finish(engine, sequence) for sequence in pair] == [
+        alone(MODEL, sequence.tokens[: sequence.prompt_length], params, limits(**choices)) for sequence in pair
+    ]
+    engine, ended = engine_after()
+    bad = engine.add([*ended.tokens[:21], 13, 5, 6], params)
+    assert finish(engine, bad) == [] and "not finite" in bad.error, "the guess was not computed for good"
+
+
+def test_a_lookup_is_told_how_many_of_its_guesses_were_right() -> None:
+    prompt, params = [1, 2, 3, 4], SamplingParams(max_tokens=40, temperature=0.0)
+    engine = engine_of(MODEL, limits(draft_tokens=5))
+    sequence, told = engine.add(prompt, params), []
+    sequence.lookup = Oracle(prompt + alone(MODEL, prompt, params), 7)
+    sequence.lookup.judge = lambda tokens, drafted, accepted: told.append((drafted, accepted))
+    finish(engine, sequence)
+    assert [sum(column) for column in zip(*told, strict=True)] == [sequence.drafted, sequence.accepted]
+    assert any(accepted < drafted for drafted, accepted in told) and sequence.accepted > 10
 
 
 def test_of_many_answers_to_one_prompt_only_the_first_computes_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -380,6 +429,31 @@ def test_a_cancellation_while_slots_are_freed_loses_none() -> None:
     engine.step()
     engine.step()
     assert (engine.running, engine.slots.free) == (0, 2)
+
+
+def test_a_heartbeat_is_heard_and_nothing_is_computed_for_it() -> None:
+    said: list[torch.Tensor] = []
+
+    class Others:
+        several = leads = True
+
+        def broadcast(self, plan: torch.Tensor) -> None:
+            said.append(plan.clone())
+
+        def close(self) -> None:
+            pass
+
+    class Leader:
+        def broadcast(self, plan: torch.Tensor) -> None:
+            plan.copy_(said.pop(0))
+
+    leader, follower = engine_of(MODEL), engine_of(MODEL)
+    leader.ranks, follower.ranks, follower._runner = Others(), Leader(), None
+    leader.heartbeat()
+    leader.close()
+    assert len(said) == 2
+    follower.follow()
+    assert not said
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -91,6 +91,22 @@ def test_what_is_not_known_yet_is_measured_first_and_then_tried_with_few() -> No
     assert pace.allowance(8, MOST) == 0
     pace.learn(4, 16, 1.0 + 16 * 0.001)
     assert pace.allowance(4, MOST) == 32, "it grows step by step"
+    pace.learn(4, 1, 1.001)
+    assert pace.allowance(4, MOST) == 32, "a prompt's short end says nothing against many"
+
+
+def test_what_a_step_takes_without_prompts_is_the_lower_median_for_the_nearest_number() -> None:
+    pace = Pace()
+    for running, seconds in ((4, 1.0), (4, 3.0), (5, 9.0), (5, 9.0)):
+        pace.learn(running, 0, seconds)
+    pace.learn(4, 10, 2.0)
+    assert pace.allowance(4, MOST) == 10
+
+
+def test_what_a_step_takes_without_prompts_is_measured_anew_after_every_64_with_some() -> None:
+    machine = Machine(Pace(), 0.05, 0.014)
+    taken = [machine.step(1, MOST) > 0 for _ in range(2 + 65 + 65)]
+    assert taken == [False] * 2 + ([True] * 64 + [False]) * 2
 
 
 def test_a_step_that_nothing_waited_for_is_counted_with_the_next() -> None:
@@ -145,3 +161,27 @@ def test_a_crowd_that_waits_for_first_tokens_goes_before_the_few_that_run_until_
                 if not each.pending:
                     each.append(0)
         assert got == [3, *taken]
+
+
+def test_the_pace_is_told_what_a_step_had_beside_those_that_it_spared_and_whether_anything_waited_for_it() -> None:
+    pace, told = Pace(), []
+    pace.learn = lambda *learnt: told.append(learnt)
+    s = Scheduler(SlotPool(4), 16, pace)
+    for lengths in ((3,), (20, 20), (), ()):
+        for length in lengths:
+            sequence = Sequence(list(range(length)), SamplingParams())
+            sequence.limit = 1000
+            s.add(sequence)
+        plan, sequences = s.next()
+        for segment, each in zip(plan.segments, sequences, strict=True):
+            each.computed += len(segment.tokens)
+            if not each.pending:
+                each.append(0)
+        s.took(1.0)
+    # A crowd's prompts are computed first, and who runs beside it is not spared.
+    assert told == [(0, further, 1.0, True) for further in (3, 16, 16, 12)]
+    alone, told[:] = Scheduler(SlotPool(1), 16, pace), []
+    alone.add(Sequence(list(range(20)), SamplingParams()))
+    alone.next()
+    alone.took(1.0)
+    assert told == [(0, 16, 1.0, False)], "without logits nothing waits for a GPU"

@@ -62,6 +62,12 @@ def test_where_there_is_never_room_for_three_they_do_not_wait() -> None:
     assert [step(s) for _ in range(2)] == [[(0, 0, 2, 0)], [(0, 2, 1, 1)]]
 
 
+def test_nothing_is_guessed_before_a_prompt_is_computed() -> None:
+    s = Scheduler(SlotPool(1), 2, draft_tokens=4)
+    add(s, 3, prompt_logprobs=0).lookup.draft = lambda tokens, most: (7,) * most
+    assert [step(s) for _ in range(3)] == [[(0, 0, 2, 2)], [(0, 2, 1, 1)], [(0, 3, 2, 2)]]
+
+
 def test_running_sequences_decode_in_every_step_beside_a_long_prompt() -> None:
     s = scheduler(budget=8)
     add(s, 2)
@@ -138,15 +144,16 @@ def test_rows_of_prompt_logits_in_one_step_are_bounded() -> None:
 
 
 def test_a_prompt_goes_on_from_what_another_slot_keeps() -> None:
-    pool = SlotPool(3)
+    pool = SlotPool(4)
     s = Scheduler(pool, 64)
     first = add(s, 40)
     step(s)
     pool.note(0, 0, first.tokens[:40])
-    second, third = add(s, 60), add(s, 40, prompt_logprobs=0)
+    second, same, third = add(s, 60), add(s, 40), add(s, 40, prompt_logprobs=0)
     plan, _ = s.next()
-    assert plan.copies == (Copy(0, 1, 40),) and (second.computed, second.cached) == (40, 40)
-    assert [(segment.slot, segment.start) for segment in plan.segments] == [(0, 40), (1, 40), (2, 0)]
+    assert plan.copies == (Copy(0, 1, 40), Copy(0, 2, 38)) and (second.computed, second.cached) == (40, 40)
+    assert [(segment.slot, segment.start) for segment in plan.segments] == [(0, 40), (1, 40), (2, 38), (3, 0)]
+    assert same.cached == 38, "a single token would be summed in another order"
     assert third.cached == 0, "all rows of a prompt are needed for its log-probabilities"
     assert s.next()[0].copies == ()
 

@@ -40,6 +40,17 @@ def test_a_slot_that_keeps_much_more_than_is_shared_is_left_as_it_is() -> None:
     assert pool.acquire(SECOND[:40] + [7] * 9) == Place(0, 40, source=1)
     pool.release(0)
     assert pool.acquire(SECOND + [7]) == Place(1, 100)
+    pool.note(1, 100, [7, 8])
+    pool.release(1)
+    assert pool.acquire(SECOND[:51] + [7] * 9) == Place(1, 51), "it keeps no more than twice as much"
+
+
+def test_of_slots_that_share_as_much_the_one_that_keeps_least_is_overwritten() -> None:
+    pool = SlotPool(2)
+    fill(pool, FIRST, release=False)
+    fill(pool, FIRST[:60] + [7] * 20)
+    pool.release(0)
+    assert pool.acquire(FIRST[:60] + [8] * 20) == Place(1, 60)
 
 
 def test_the_oldest_slot_itself_is_used_in_place() -> None:
