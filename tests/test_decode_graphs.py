@@ -207,6 +207,7 @@ def test_a_capture_that_fails_is_said_once_and_the_ordinary_way_takes_over(caplo
     assert [record.getMessage() for record in caplog.records] == [
         "no CUDA graphs from here on, so decode is slower: capturing one failed: CUDA out of memory"
     ]
+    assert not static._graphs._replays, "what the others hold is of no more use"
 
 
 @CACHES

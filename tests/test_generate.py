@@ -50,6 +50,12 @@ def test_only_the_text_goes_to_stdout(capsys: pytest.CaptureFixture[str], checkp
         assert figure in err
 
 
+def test_the_first_token_is_timed_apart_from_all(llm: LLM) -> None:
+    llm.generate([Request(prompt=STORY, params=SamplingParams(max_tokens=20, temperature=0.0))])
+    assert llm.metrics.generated_tokens == 20
+    assert 0 < llm.metrics.time_to_first_token_s < llm.metrics.latency_s
+
+
 def test_streamed_or_not_the_text_is_the_same(capsys: pytest.CaptureFixture[str], checkpoint: Path) -> None:
     streamed = run(capsys, checkpoint, "--prompt", STORY)
     assert streamed == run(capsys, checkpoint, "--prompt", STORY, "--no-stream")
@@ -130,13 +136,12 @@ def test_prompts_are_read_whatever_other_programs_make_of_text_and_lines(
     capsys: pytest.CaptureFixture[str], checkpoint: Path, tmp_path: Path
 ) -> None:
     bodies = [{"prompt": f"Say\u2028 {STORY}"}, {"prompt": FRANCE, "mode": "chat"}]
-    text = "\ufeff" + "\r\n".join(json.dumps(body, ensure_ascii=False) for body in bodies)
-    (tmp_path / "bom.jsonl").write_bytes(text.encode())
-    lines = [
-        json.loads(line)
-        for line in run(capsys, checkpoint, "--prompts", str(tmp_path / "bom.jsonl"))[1].split("\n")[:-1]
-    ]
-    assert len(lines) == 2 and lines[1]["text"] == ANSWER
+    for end in ("\r\n", "\r"):
+        text = "\ufeff" + end.join(json.dumps(body, ensure_ascii=False) for body in bodies)
+        (tmp_path / "bom.jsonl").write_bytes(text.encode())
+        out = run(capsys, checkpoint, "--prompts", str(tmp_path / "bom.jsonl"))[1]
+        lines = [json.loads(line) for line in out.split("\n")[:-1]]
+        assert len(lines) == 2 and lines[1]["text"] == ANSWER
     (tmp_path / "chat.jsonl").write_text(json.dumps({"prompt": "What is your name?"}))
     flags = ("--prompts", str(tmp_path / "chat.jsonl"), "--mode", "chat", "--system", "Your name is Zora.")
     assert json.loads(run(capsys, checkpoint, *flags)[1])["text"] == "My name is Zora."

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ import engine.loader as loader
 from engine.config import ConfigError, EngineConfig, from_mapping
 from engine.loader import Limits, choose_dtype, choose_threads, memory_need, preflight
 from engine.parallel import Launch, Ranks, choose_device
+from engine.scheduler import MAX_PROMPT_LOGIT_ROWS
 from llama2 import ModelArgs
 from quant import SCHEMES
 
@@ -26,6 +30,7 @@ def test_the_need_of_a_7b_is_its_weights_and_its_cache() -> None:
     need = memory_need(LLAMA_7B, Limits(4096, 2, 512, torch.bfloat16), 1)
     assert need.weights == 2 * LLAMA_7B.parameter_count()
     assert need.cache == 2 * 32 * 2 * 4096 * 4096 * 2  # keys and values x layers x slots x tokens x width x bytes
+    assert need.working > (2 + MAX_PROMPT_LOGIT_ROWS) * 32000 * 32  # logits of slots and of guesses or prompts
 
 
 def test_ranks_share_weights_and_kv_heads() -> None:
@@ -61,6 +66,17 @@ def test_what_does_not_fit_is_refused_with_figures_and_the_setting(monkeypatch: 
     preflight(LLAMA_7B, Limits(4096, 2, 512, torch.bfloat16), ranks, 0.9)
     with pytest.raises(ConfigError, match="the weights alone do not fit"):
         preflight(LLAMA_7B, Limits(16, 1, 512, torch.float32), ranks, 0.9)
+
+
+def test_ranks_on_one_machine_share_its_memory_but_each_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "available_memory", lambda device: 20 << 30)
+    gpu, cpu = (SimpleNamespace(launch=Launch(0, 2, 0, 2), device=device) for device in ("cuda:0", "cpu"))
+    limits = Limits(4096, 8, 512, torch.bfloat16)
+    preflight(LLAMA_7B, limits, gpu, 0.9)
+    with pytest.raises(ConfigError, match=r"2 rank\(s\) here") as caught:
+        preflight(LLAMA_7B, limits, cpu, 0.9)
+    fit = int(re.search(r"lower max_batch_size to (\d+)", str(caught.value))[1])
+    preflight(LLAMA_7B, dataclasses.replace(limits, max_batch_size=fit), cpu, 0.9)
 
 
 def test_the_preflight_says_what_will_be_held(caplog: pytest.LogCaptureFixture) -> None:

@@ -53,6 +53,7 @@ def test_top_p_keeps_the_fewest_that_reach_the_share() -> None:
     assert kept(top_p=two * 0.999) == {4, 0}
     assert kept(top_p=two * 1.001) == {4, 0, 1}
     assert kept(top_p=1e-9) == {4}
+    assert kept(top_p=5e-324, top_k=1, temperature=100.0) == {4}, "a share that rounds to nothing"
 
 
 def test_top_p_counts_the_share_of_what_top_k_left() -> None:

@@ -20,7 +20,10 @@ from tiny_models import random_weights
 
 from checkpoint_converter import convert
 from demo import world
-from engine.parallel import Launch
+from engine import engine as engine_module
+from engine.config import ConfigError, EngineConfig
+from engine.engine import Engine
+from engine.parallel import Launch, Ranks
 from llama2 import ModelArgs
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -157,6 +160,29 @@ def test_machines_with_other_weights_are_refused_and_with_other_defaults_are_not
     assert (status, other) == (0, 0) and text
     for status, text, error in two_machines(folders["ours"], folders["theirs"]):
         assert (status, text) == (1, "") and "the files of weights on rank(s) [1] differ from rank 0's" in error
+
+
+def test_ranks_with_other_limits_do_not_agree(job: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[tuple[str, str]] = []
+    monkeypatch.setattr(Ranks, "agree", lambda self, what, settings: said.append((what, settings)))
+    folder = Path(job["checkpoints"]["multi-head"])
+    for tokens in (64, 64, 32):
+        Engine.load(folder, EngineConfig(max_seq_len=64, max_tokens_per_step=tokens, threads=1))
+    assert said[2:4] == said[:2] and said[4] != said[0] and said[5] == said[1]
+
+
+def test_one_rank_of_each_machine_reads_every_byte(job: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[bool] = []
+
+    def opened(folder: Path, verify: bool) -> None:
+        reads.append(verify)
+        raise ConfigError("that is all")
+
+    monkeypatch.setattr(engine_module, "open_checkpoint", opened)
+    for rank in range(4):
+        with pytest.raises(ConfigError, match="that is all"):
+            Engine.load(Path(job["demo"]), EngineConfig(), Launch(rank, 4, rank % 2, 2))
+    assert reads == [True, False, True, False]
 
 
 def test_a_number_of_ranks_that_cannot_work_is_refused_with_those_that_can(job: dict) -> None:
