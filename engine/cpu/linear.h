@@ -194,7 +194,7 @@ template <int M, int P>
 static void groups_over(const Matrix& w, const Activations& a, int64_t token, int64_t count, int64_t first,
                         int64_t last, float* y, int64_t stride, bool add) {
     constexpr int64_t BYTES = ROUND * PANEL;
-    const int64_t groups = (count + M - 1) / M, between = w.panel_bytes();
+    const int64_t groups = (count + M - 1) / M, between = w.panel_bytes(), part = BYTES / groups, step = 2 * LINE / groups;
     int64_t panel = first;
     for (; panel + P <= last; panel += P) {
         Floats totals[GROUPS][M][P];
@@ -202,10 +202,15 @@ static void groups_over(const Matrix& w, const Activations& a, int64_t token, in
             for (auto& of_token : totals[g])
                 for (Floats& v : of_token) v = zeros();
         const char* p = w.panel(panel);
-        for (int64_t b = 0; b * ROUND < w.columns; b++, p += BYTES)
-            for (int64_t g = 0; g < groups; g++)
-                add_eights<M, P>(a, token + std::min(g * M, count - M), b, w.columns, p, between,
-                                 p + AHEAD + BYTES / groups * g, 2 * LINE / groups, totals[g]);
+        for (int64_t b = 0; b * ROUND < w.columns; b++, p += BYTES) {
+            const int8_t* x = a.narrow_at(token, b * ROUND);
+            const int64_t place = a.place<INT8>(token, b), columns = std::min(ROUND, w.columns - b * ROUND);
+            for (int64_t g = 0; g < groups; g++) {
+                const int64_t from = std::min(g * M, count - M);
+                add_eights<M, P>(x + from * ROUND, columns, a.offsets + place + from, a.scales + place + from, p, between,
+                                 p + AHEAD + part * g, step, totals[g]);
+            }
+        }
         for (int64_t g = 0; g < groups; g++) {
             scale_rows<M, P>(w, panel, totals[g]);
             const int64_t from = std::min(g * M, count - M);

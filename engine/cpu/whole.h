@@ -55,11 +55,11 @@ static inline Floats total(Dots<KIND> sums, int32_t) {
 
 #else
 
+// For int4: sums of 16 bits, which hold a block's eight products of at most 15 * 127 * 2.
 template <int KIND>
 struct Bytes {
     __m256i low, high;
 };
-// Beside int8 the sums are 32 bits wide; beside int4 sixteen, where a block's eight products of at most 15 * 127 * 2 fit.
 template <int KIND>
 struct Dots {
     __m256i low, high;
@@ -101,9 +101,8 @@ static inline Four<KIND> load_four(const int8_t* p) {
     return {_mm256_set1_epi32(load_int(p))};
 }
 template <int KIND>
-static inline Dots<KIND> begin(int32_t offset) {
-    const __m256i begun = KIND == INT4 ? _mm256_setzero_si256() : _mm256_set1_epi32(offset);
-    return {begun, begun};
+static inline Dots<KIND> begin(int32_t) {
+    return {_mm256_setzero_si256(), _mm256_setzero_si256()};
 }
 template <int KIND>
 static inline Dots<KIND> dot(Dots<KIND> sums, Bytes<KIND> w, Four<KIND> x) {
@@ -113,12 +112,9 @@ static inline Dots<KIND> dot(Dots<KIND> sums, Bytes<KIND> w, Four<KIND> x) {
 }
 template <int KIND>
 static inline Floats total(Dots<KIND> sums, int32_t offset) {
-    if constexpr (KIND == INT4) {
-        const __m256i ones = _mm256_set1_epi16(1), begun = _mm256_set1_epi32(offset);
-        sums.low = _mm256_add_epi32(_mm256_madd_epi16(sums.low, ones), begun);
-        sums.high = _mm256_add_epi32(_mm256_madd_epi16(sums.high, ones), begun);
-    }
-    return {_mm256_cvtepi32_ps(sums.low), _mm256_cvtepi32_ps(sums.high)};
+    const __m256i ones = _mm256_set1_epi16(1), begun = _mm256_set1_epi32(offset);
+    return {_mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_madd_epi16(sums.low, ones), begun)),
+            _mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_madd_epi16(sums.high, ones), begun))};
 }
 
 #endif
@@ -276,19 +272,17 @@ static void whole_tile(const Matrix& w, const Activations& a, int64_t token, int
 
 #ifndef WIDE
 
-// Adds what one block of int8 weights, at `p` and `between` bytes further for each of P panels, comes to with M tokens.
-// Meanwhile what lies at `next` is asked for, and what lies `step` bytes further for every eight columns. A function of
-// its own, for GCC keeps the sums of a larger one in memory.
+// Adds what one block of int8 weights, at `p` and `between` bytes further for each of P panels, comes to with M tokens,
+// ROUND bytes apart. Meanwhile what lies at `next` is asked for, and what lies `step` bytes further for every eight
+// columns. A function of its own, for GCC keeps the sums of a larger one in memory.
 template <int M, int P>
-[[gnu::noinline]] static void add_eights(const Activations& a, int64_t token, int64_t b, int64_t columns, const char* p,
-                                         int64_t between, const char* next, int64_t step, Floats (&totals)[M][P]) {
-    const int8_t* x = a.narrow_at(token, b * ROUND);
-    const int64_t place = a.place<INT8>(token, b);
+[[gnu::noinline]] static void add_eights(const int8_t* x, int64_t columns, const int32_t* offsets,
+                                         const float* scales, const char* p, int64_t between, const char* next,
+                                         int64_t step, Floats (&totals)[M][P]) {
     __m256i sums[M][2 * P];
     UNROLL for (int m = 0; m < M; m++)
-        UNROLL for (int i = 0; i < 2 * P; i++) sums[m][i] = _mm256_set1_epi32(a.offsets[place + m]);
-    const int8_t* const end = x + std::min(ROUND, columns - b * ROUND);
-    for (; x < end; x += 8, p += 8 * PANEL, next += step) {
+        UNROLL for (int i = 0; i < 2 * P; i++) sums[m][i] = _mm256_set1_epi32(offsets[m]);
+    for (const int8_t* const end = x + columns; x < end; x += 8, p += 8 * PANEL, next += step) {
         UNROLL for (int i = 0; i < P; i++) {
             _mm_prefetch(next + i * between, _MM_HINT_T0);
             _mm_prefetch(next + i * between + step / 2, _MM_HINT_T0);
@@ -300,7 +294,7 @@ template <int M, int P>
         }
     }
     UNROLL for (int m = 0; m < M; m++) {
-        const Floats factor = all(a.scales[place + m]);
+        const Floats factor = all(scales[m]);
         UNROLL for (int i = 0; i < P; i++) {
             const Floats sum{_mm256_cvtepi32_ps(sums[m][2 * i]), _mm256_cvtepi32_ps(sums[m][2 * i + 1])};
             totals[m][i] = fused(sum, factor, totals[m][i]);
