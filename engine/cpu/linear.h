@@ -208,7 +208,7 @@ static void groups_over(const Matrix& w, const Activations& a, int64_t token, in
             for (int64_t g = 0; g < groups; g++) {
                 const int64_t from = std::min(g * M, count - M);
                 add_eights<M, P>(x + from * ROUND, columns, a.offsets + place + from, a.scales + place + from, p, between,
-                                 p + AHEAD + part * g, step, totals[g]);
+                                 p + 2 * BYTES + part * g, step, totals[g]);
             }
         }
         for (int64_t g = 0; g < groups; g++) {
