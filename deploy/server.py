@@ -46,6 +46,9 @@ ONE_MACHINE = {
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
     "GLOO_SOCKET_IFNAME": "lo",
 }
+# What would have other code or settings served than ours: modules on PYTHONPATH come before the archive's, and
+# torchserve takes TS_CONFIG_FILE for its --ts-config.
+DROPPED = ("PYTHONPATH", "PYTHONSAFEPATH", "TS_CONFIG_FILE")
 
 
 class StartError(Exception):
@@ -160,7 +163,8 @@ def environment(
         "METRICS_LOCATION": logs,
         "PYTHONUNBUFFERED": "1",
     }
-    return java.environment({**base, **(ONE_MACHINE if nodes == 1 else {}), **own})
+    kept = {name: value for name, value in base.items() if name not in DROPPED}
+    return java.environment({**kept, **(ONE_MACHINE if nodes == 1 else {}), **own})
 
 
 def launch(plan: Plan, java: Java, wanted: str) -> Record:

@@ -376,6 +376,13 @@ def test_no_rank_opens_a_store_to_the_network_on_one_machine(tmp_path: Path) -> 
     assert several["GLOO_SOCKET_IFNAME"] == "eth1" and "PET_RDZV_CONF" not in several
 
 
+def test_the_callers_environment_puts_no_other_code_or_settings_in_place_of_ours(tmp_path: Path) -> None:
+    java = find_java({"PATH": ""}, lambda: fake_java(tmp_path / "java", "17.0.1"))
+    callers = {"PYTHONPATH": "/theirs", "PYTHONSAFEPATH": "1", "TS_CONFIG_FILE": "/theirs/config.properties"}
+    environment = server.environment({**callers, "HTTP_PROXY": "x"}, java, "mark", tmp_path, tmp_path, nodes=1)
+    assert not callers.keys() & environment.keys() and environment["HTTP_PROXY"] == "x"
+
+
 SPAWN = """
 import signal, subprocess, sys, time
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
