@@ -84,6 +84,18 @@ def port_is_free(host: str, port: int) -> bool:
     return True
 
 
+def listens(mark: str, port: int) -> bool:
+    """Whether it is a process of the server `mark` that listens on a port."""
+    for process in of_server(mark):
+        try:
+            connections = process.net_connections("tcp")
+        except psutil.Error:  # it ended
+            continue
+        if any(each.status == psutil.CONN_LISTEN and each.laddr.port == port for each in connections):
+            return True
+    return False
+
+
 def listener(port: int) -> str:
     """Who listens on a port, as far as this user may know."""
     try:

@@ -31,7 +31,7 @@ COPIED = ("log4j2.xml", "metrics.yaml")
 LONGEST_TMPDIR = 70
 STATE = "server.json"
 ANSWER_S = 60.0
-READY, GIVEN_UP = "READY", "given up after maxRetryTimeoutInSec"
+STARTING, READY, GIVEN_UP = "starting TorchServe", "READY", "given up after maxRetryTimeoutInSec"
 FORGIVEN_FAILURES = 2
 TAIL_BYTES = 200_000  # of a log, to find the reason in
 OK, FULL = 200, 429  # a full queue is a sign of life too
@@ -215,16 +215,19 @@ def _scratch() -> str:
     return tempfile.mkdtemp(prefix="llama-", dir=None if short else "/tmp")
 
 
-def wait(record: Record, folder: Path, timeout_s: float, show: Callable[[str], None]) -> None:
+def wait(record: Record, plan: Plan, show: Callable[[str], None]) -> None:
     """Return once a real request was answered; raise StartError as soon as that cannot come about any more."""
+    folder, timeout_s = plan.folder, plan.model_config.get("startupTimeout", 120)
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         if not record.alive:
+            check_ports(plan)  # they were free, but another server may have been faster
             raise StartError(reason(folder) or "TorchServe ended")
         failure = worker_failure(folder)
         if failure:
             raise StartError(failure)
-        state = worker_state(record, folder)
+        # Else it would be that other server that answers.
+        state = worker_state(record, folder) if processes.listens(record.mark, plan.port + 1) else STARTING
         show(state)
         if state == READY:
             show("asking it something")
@@ -246,7 +249,7 @@ def worker_state(record: Record, folder: Path) -> str:
     """The worker's state in TorchServe's words, or what comes before it has one."""
     status, body = _request(f"{record.management_url}/models/{MODEL}", None, record.key(folder, "management"), 5.0)
     if status != 200:
-        return "starting TorchServe" if status == 0 else "registering the model"
+        return STARTING if status == 0 else "registering the model"
     try:
         workers = json.loads(body)[0]["workers"]
     except (ValueError, LookupError, TypeError):

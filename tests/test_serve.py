@@ -429,6 +429,33 @@ def test_a_port_that_somebody_has_is_named_with_its_owner(planned) -> None:
     assert "is taken by" in str(raised.value) and "PORT=N" in str(raised.value)
 
 
+LISTEN = """
+import socket, sys
+listening = socket.create_server(("127.0.0.1", 0))
+print(listening.getsockname()[1], flush=True)
+sys.stdin.read()
+"""
+
+
+def test_only_a_server_that_listens_itself_is_taken_for_the_one_that_answers(planned, monkeypatch) -> None:
+    record = server.Record("loser-1", "", "", "", False, 1, "", "", 0.0)
+    monkeypatch.setattr(server, "worker_state", lambda *_: server.READY)  # as the faster one answers
+    monkeypatch.setattr(server, "probe", lambda *_: (server.OK, ""))
+    alive = iter([True, True, False, True])
+    monkeypatch.setattr(server.Record, "alive", property(lambda _: next(alive)))
+    environment = {**os.environ, processes.MARK: "winner-1"}
+    with subprocess.Popen(
+        [sys.executable, "-c", LISTEN], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as winner:
+        port = int(winner.stdout.readline())
+        assert processes.listens("winner-1", port) and not processes.listens("winner-1", port + 1)
+        plan = planned(f"PORT={port - 1}")
+        with pytest.raises(ConfigError, match=f"port {port} is taken by process {winner.pid} "):
+            server.wait(record, plan, lambda _: None)
+        server.wait(server.Record("winner-1", "", "", "", False, 1, "", "", 0.0), plan, lambda _: None)
+        winner.stdin.close()
+
+
 LOGS = {
     "the handler's own line": (
         "2026-11-21T06:58:14,322 INFO  llama cannot start: not enough memory: 3 GiB\n"

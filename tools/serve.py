@@ -77,7 +77,7 @@ def start(options: Options) -> int:
     progress, ready = Progress(), False
     try:
         record = server.launch(plan, java, wanted)
-        server.wait(record, plan.folder, plan.model_config.get("startupTimeout", 120), progress.show)
+        server.wait(record, plan, progress.show)
         ready = True
     except server.StartError as error:
         progress.end()
