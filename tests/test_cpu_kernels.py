@@ -8,13 +8,16 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import tempfile
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import torch.nn.functional as F
@@ -394,6 +397,90 @@ def test_a_cache_that_others_may_write_to_is_not_trusted(fresh: Path, monkeypatc
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     assert library.load().model_new
     assert not list(folder.iterdir()) and not list(temporary.iterdir())
+
+
+NOTHING = 'extern "C" { ' + " ".join(f"void model_{each}() {{}}" for each in ("new", "run", "draw", "delete")) + " }"
+
+
+@pytest.fixture
+def tiny(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Kernels that do nothing, and are compiled in no time; where they are to be kept."""
+    (fresh / "model.cpp").write_text(NOTHING)
+    monkeypatch.setattr(library, "SOURCES", ("model.cpp",))
+    monkeypatch.setattr(library, "__file__", str(fresh / "library.py"))
+    return fresh / ".cache" / "llama-on-torchserve"
+
+
+def damaged(kept: Path, content: bytes) -> None:
+    """Give a library other contents, as a new file: the old one is in this process's memory."""
+    kept.unlink()
+    kept.write_bytes(content)
+
+
+DAMAGES = {
+    "cut": lambda whole: whole[: len(whole) // 2],
+    "zeros": lambda whole: bytes(len(whole)),
+    "empty": lambda whole: b"",
+    "without its hash": lambda whole: whole[:-32],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_library_is_compiled_again(tiny: Path, damage) -> None:
+    library.load()
+    (kept,) = tiny.iterdir()
+    whole = kept.read_bytes()
+    damaged(kept, damage(whole))
+    library.load.cache_clear()
+    assert library.load().model_new
+    assert [path.read_bytes() for path in tiny.iterdir()] == [whole]
+
+
+def test_a_cache_that_cannot_be_written_to_is_read(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library.load()
+    (kept,) = tiny.iterdir()
+    access = os.access  # which root has to everything
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK and access(path, mode))
+    compiled = library._compile
+    monkeypatch.setattr(library, "_compile", lambda *_: pytest.fail("compiled"))
+    library.load.cache_clear()
+    assert library.load().model_new
+    monkeypatch.setattr(library, "_compile", compiled)
+    damaged(kept, b"damaged")
+    library.load.cache_clear()
+    assert library.load().model_new and kept.read_bytes() == b"damaged"
+
+
+def compiler_of(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    """Have the shell's commands for a compiler."""
+    (folder / "bin").mkdir()
+    (folder / "bin" / "c++").write_text(f"#!/bin/sh\n{script}\n")
+    (folder / "bin" / "c++").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder / 'bin'}:{os.environ['PATH']}")
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_compiler_that_hangs_leaves_no_process_behind(
+    tiny: Path, tmp_path: Path, interrupted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child = tmp_path / "child"
+    compiler_of(tmp_path, monkeypatch, f"sleep 100 & echo $! > {child}; wait")
+    monkeypatch.setattr(library, "COMPILED_WITHIN_S", 60 if interrupted else 1)
+    if interrupted:
+        threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()
+    ended, said = (KeyboardInterrupt, None) if interrupted else (library.NoKernels, "did not end within 1 s")
+    with pytest.raises(ended, match=said):
+        library.load()
+    assert not psutil.pid_exists(pid := int(child.read_text())) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    assert not list(tiny.iterdir())
+
+
+def test_a_compilers_message_may_be_in_any_encoding(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler_of(tmp_path, monkeypatch, "printf 'd\\351faut\\n' >&2; exit 1")
+    with pytest.raises(library.NoKernels, match="failed: d.faut"):
+        library.load()
 
 
 @pytest.mark.parametrize("lack", ["a compiler", "instructions"])

@@ -9,6 +9,7 @@ import hashlib
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -23,6 +24,8 @@ SOURCES = (
 # Sums must not depend on how a loop was compiled, so the compiler may not fuse multiplications and additions by itself.
 FLAGS = ("-O3", "-std=c++20", "-ffp-contract=off", "-shared", "-fPIC", "-pthread")
 COMPILERS = ("c++", "g++", "clang++")
+COMPILED_WITHIN_S = 300
+HASH_BYTES = 32  # of a SHA-256, which stands behind a library
 NEEDED = ("avx2", "fma", "f16c")
 # What vector.h calls WIDE, PAIRS and TILES, as /proc/cpuinfo spells it; each needs those before it.
 WIDE = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni")
@@ -47,9 +50,10 @@ def load() -> ctypes.CDLL:
     digest = hashlib.sha256(" ".join(flags).encode())
     for name in SOURCES:
         digest.update((folder / name).read_bytes())
-    with _cache_folder() as kept:
-        cached = kept / f"kernels-{digest.hexdigest()[:16]}.so"
-        if not cached.is_file():
+    name = f"kernels-{digest.hexdigest()[:16]}.so"
+    with _cache_folder(name) as kept:
+        cached = kept / name
+        if not _is_whole(cached):
             _compile(folder / SOURCES[0], cached, flags)
         try:
             library = ctypes.CDLL(str(cached))
@@ -84,11 +88,20 @@ def _cpu_flags() -> set[str]:
         return set()
 
 
+def _is_whole(library: Path) -> bool:
+    """Whether it ends with the hash of all before: one that a power cut has left half written would crash, not fail."""
+    try:
+        content = library.read_bytes()
+    except OSError:
+        return False
+    return hashlib.sha256(content[:-HASH_BYTES]).digest() == content[-HASH_BYTES:]
+
+
 @contextlib.contextmanager
-def _cache_folder() -> Iterator[Path]:
-    """A folder that only this user can write to, since what lies in it is run."""
+def _cache_folder(name: str) -> Iterator[Path]:
+    """A folder that nobody but this user can write to, since what lies in it is run; with the library, or writable."""
     own = _own_folder()
-    if own is not None:
+    if own is not None and (os.access(own, os.W_OK) or _is_whole(own / name)):
         yield own
     else:
         with tempfile.TemporaryDirectory(prefix="llama-on-torchserve-") as moment:  # what was loaded from it stays
@@ -100,7 +113,7 @@ def _own_folder() -> Path | None:
         folder = Path.home() / ".cache" / "llama-on-torchserve"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = folder.stat()
-        private = found.st_uid == os.getuid() and not found.st_mode & 0o022 and os.access(folder, os.W_OK)
+        private = found.st_uid == os.getuid() and not found.st_mode & 0o022
     except (OSError, RuntimeError):  # the latter where there is no home
         return None
     return folder if private else None
@@ -114,11 +127,36 @@ def _compile(source: Path, target: Path, flags: tuple[str, ...]) -> None:
     command = [compiler, *flags, str(source), "-o", str(partial)]
     log.info("compiling %s", source.name)
     try:
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        if ended.returncode:
-            raise NoKernels(f"{' '.join(command)} failed: {(ended.stderr.strip() or 'no message').splitlines()[0]}")
+        status, said = _run(command)
+        if status:
+            raise NoKernels(f"{' '.join(command)} failed: {(said.strip() or 'no message').splitlines()[0]}")
+        with open(partial, "r+b") as file:
+            file.write(hashlib.sha256(file.read()).digest())
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(partial, target)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise NoKernels(f"{compiler} could not be run: {error}") from None
+    except subprocess.TimeoutExpired:
+        raise NoKernels(f"{compiler} did not end within {COMPILED_WITHIN_S} s") from None
+    except OSError as error:
+        raise NoKernels(f"{compiler} could not be run, or its output not be kept: {error}") from None
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _run(command: list[str]) -> tuple[int, str]:
+    """A compiler's status and messages; if it does not end in time, or we are interrupted, so do all its processes."""
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    ) as process:
+        try:
+            _, said = process.communicate(timeout=COMPILED_WITHIN_S)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return process.returncode, said
