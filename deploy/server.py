@@ -57,7 +57,7 @@ class StartError(Exception):
 
 @contextlib.contextmanager
 def only_one(folder: Path) -> Iterator[None]:
-    """One command at a time starts or stops the server of a folder; a second one waits."""
+    """One command at a time starts or stops the server of a folder, or packs its archive; a second one waits."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

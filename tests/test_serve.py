@@ -152,6 +152,48 @@ def test_every_module_of_the_archive_loads_from_the_archive_alone(tmp_path: Path
     }
 
 
+@pytest.mark.parametrize("archive_format", ["default", "no-archive"])
+def test_an_archive_that_is_cut_short_leaves_the_earlier_one(tmp_path, monkeypatch, archive_format) -> None:
+    """And its folder may have any name."""
+    config, build = tmp_path / "model-config.yaml", tmp_path / "a, [b] #c"
+    config.write_text((PROJECT / "model-config.yaml").read_text())
+    made = archive(config, build, archive_format)
+
+    def names() -> list[str]:
+        if made.is_file():
+            with zipfile.ZipFile(made) as file:
+                return sorted(file.namelist())
+        return sorted(str(path.relative_to(made)) for path in made.rglob("*") if path.is_file())
+
+    whole = names()
+    assert {str(path) for path in sources()} - {"handler/llama_handler.py"} <= set(whole)
+    run = subprocess.run
+
+    def interrupted(*arguments, **options) -> None:
+        run(*arguments, **options)
+        raise KeyboardInterrupt
+
+    def fails(command, **options) -> subprocess.CompletedProcess:
+        return run(["sh", "-c", "echo Traceback; echo OSError: No space left on device; exit 1"], **options)
+
+    for instead, raised, said in (
+        (interrupted, KeyboardInterrupt, None),
+        (
+            fails,
+            ConfigError,
+            re.escape(f"{made.parent}: torch-model-archiver failed: OSError: No space left on device"),
+        ),
+    ):
+        monkeypatch.setattr(subprocess, "run", instead)
+        with pytest.raises(raised, match=said):
+            archive(config, build, archive_format)
+        assert names() == whole and os.listdir(made.parent) == [made.name]
+    monkeypatch.setattr(subprocess, "run", run)
+    (made.parent / ".making" / "made").mkdir(parents=True)  # as one that was killed leaves it
+    assert archive(config, build, archive_format) == made and names() == whole
+    assert os.listdir(made.parent) == [made.name]
+
+
 # --- configuration ---
 
 

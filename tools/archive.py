@@ -7,11 +7,11 @@ import hashlib
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
-from command_line import Parser
+from command_line import Parser, end_with
 from deploy.configuration import PROJECT, Options, plan_model
+from deploy.server import only_one
 from engine.config import ConfigError
 
 MODEL_NAME = "llama"
@@ -80,23 +80,41 @@ def stage(folder: Path) -> Path:
 
 
 def archive(model_config: Path, build: Path, archive_format: str = "default") -> Path:
-    """Run torch-model-archiver; the .mar, or with `no-archive` the folder, appears under `build`."""
-    staged = stage(build / "mar")
+    """Run torch-model-archiver; the .mar, or with `no-archive` the folder, appears under `build`, whole or not at all.
+
+    Nobody else may be at work in `build` meanwhile: see `only_one`.
+    """
     export = build / ("model_folder" if archive_format == "no-archive" else "model_store")
-    export.mkdir(parents=True, exist_ok=True)
     result = export / (MODEL_NAME if archive_format == "no-archive" else f"{MODEL_NAME}.mar")
-    if result.is_dir():
-        shutil.rmtree(result)  # the archiver would leave files there that are no longer part of the model
-    command = [str(Path(sys.executable).parent / "torch-model-archiver"), "--model-name", MODEL_NAME]
-    command += ["--version", "1.0", "--handler", str(PROJECT / ENTRY), "--extra-files", str(staged)]
-    command += ["--config-file", str(model_config), "--export-path", str(export)]
-    command += ["--archive-format", archive_format, "--force"]
-    # The archiver works in TMPDIR/MODEL_NAME, which it deletes first, whoever made it: so it gets a TMPDIR of its own.
-    with tempfile.TemporaryDirectory(prefix="llama-archive-") as scratch:
-        done = subprocess.run(["env", f"TMPDIR={scratch}", *command], capture_output=True, text=True, errors="replace")
-    if done.returncode != 0:
-        raise ConfigError(f"torch-model-archiver failed: {(done.stderr or done.stdout).strip()}")
+    making = export / ".making"
+    shutil.rmtree(making, ignore_errors=True)  # of one that was killed
+    try:
+        stage(making / "mar")
+        made = making / "made"
+        made.mkdir()
+        _run_archiver(making, model_config, made, archive_format)
+        try:
+            if result.is_dir():
+                result.rename(making / "old")
+        finally:  # whatever signal came meanwhile
+            (made / result.name).replace(result)
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
     return result
+
+
+def _run_archiver(making: Path, model_config: Path, made: Path, archive_format: str) -> None:
+    """Have it pack what is staged in `making`/mar into the folder `made`."""
+    command = [str(Path(sys.executable).parent / "torch-model-archiver"), "--model-name", MODEL_NAME]
+    # A name alone: it takes brackets for patterns, and a comma for the end of a path.
+    command += ["--version", "1.0", "--handler", str(PROJECT / ENTRY), "--extra-files", "mar"]
+    command += ["--config-file", str(model_config), "--export-path", str(made), "--archive-format", archive_format]
+    # It works in TMPDIR/MODEL_NAME, which it deletes first, whoever made it: so it gets a TMPDIR of its own.
+    words = ["env", f"TMPDIR={making}", *command]
+    done = subprocess.run(words, cwd=making, capture_output=True, text=True, errors="replace")
+    if done.returncode != 0:
+        said = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
+        raise ConfigError(f"{made.parent.parent}: torch-model-archiver failed: {said[-1]}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -105,10 +123,11 @@ def main(argv: list[str] | None = None) -> int:
     Options.add_arguments(parser)
     flags = parser.parse_args(argv)
     try:
-        plan = plan_model(Options.from_words(flags.words))
-        path = plan.write_model_config()
-        for archive_format in ("default", "no-archive"):
-            print(archive(path, plan.options.build, archive_format))
+        options = Options.from_words(flags.words)
+        with only_one(options.build / "serve"):
+            path = plan_model(options).write_model_config()
+            for archive_format in ("default", "no-archive"):
+                print(archive(path, options.build, archive_format))
     except (ConfigError, OSError) as error:
         print(f"archive: error: {error}", file=sys.stderr)
         return 1
@@ -116,4 +135,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)
