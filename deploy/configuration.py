@@ -230,7 +230,10 @@ def properties_text(plan: Plan) -> str:
         "metrics_config": str(plan.folder / "metrics.yaml"),
         "max_request_size": str(max(2 << 20, 2 * plan.model_config["handler"].get("max_body_bytes", 1 << 20))),
     }
-    return replace_properties(PROPERTIES.read_text(encoding="utf-8"), changes)
+    # As a URI, which torchserve's own --log-config does not make of a path with # or ? in it.
+    logging = f"-Dlog4j.configurationFile={(plan.folder / 'log4j2.xml').as_uri()}"
+    text = PROPERTIES.read_text(encoding="utf-8").replace("\nvmargs=", f"\nvmargs={logging} ")
+    return replace_properties(text, changes)
 
 
 def replace_properties(text: str, changes: Mapping[str, str]) -> str:

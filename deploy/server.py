@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import locale
 import os
 import re
 import shutil
@@ -163,6 +164,9 @@ def environment(
         "METRICS_LOCATION": logs,
         "PYTHONUNBUFFERED": "1",
     }
+    # In the locale C Python takes the names of files for UTF-8 all the same; Java finds none that is not ASCII.
+    if sys.getfilesystemencoding() == "utf-8" and locale.getencoding().lower() != "utf-8":
+        own["LC_ALL"] = "C.UTF-8"
     kept = {name: value for name, value in base.items() if name not in DROPPED}
     return java.environment({**kept, **(ONE_MACHINE if nodes == 1 else {}), **own})
 
@@ -193,7 +197,7 @@ def launch(plan: Plan, java: Java, wanted: str) -> Record:
         raise
     nodes = plan.model_config["torchrun"].get("nnodes", 1)
     command = [str(Path(sys.executable).parent / "torchserve"), "--start", "--no-config-snapshots"]
-    command += ["--ts-config", str(folder / "config.properties"), "--log-config", str(folder / "log4j2.xml")]
+    command += ["--ts-config", str(folder / "config.properties")]
     command += ["--model-store", str(options.build / "model_store"), "--models", f"{MODEL}={MODEL}.mar"]
     with open(logs / "console.log", "wb") as console:
         subprocess.run(

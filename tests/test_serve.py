@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import locale
 import os
 import re
 import shutil
@@ -370,6 +371,14 @@ def test_everything_listens_on_this_machine_and_nothing_can_be_registered(planne
             assert not re.fullmatch(values["blacklist_env_vars"], name)
 
 
+def test_the_log_configuration_is_found_in_a_folder_of_any_name(planned, tmp_path: Path) -> None:
+    text = properties_text(planned(f"BUILD={tmp_path}/a #b?, ü"))
+    (vmargs,) = (line for line in text.splitlines() if line.startswith("vmargs="))
+    said, *others = vmargs.removeprefix("vmargs=").split()  # as torchserve does it
+    assert said == f"-Dlog4j.configurationFile=file://{tmp_path}/a%20%23b%3F%2C%20%C3%BC/serve/log4j2.xml"
+    assert f"vmargs={' '.join(others)}" in PROPERTIES.read_text().splitlines()
+
+
 def test_a_property_that_the_file_does_not_have_is_a_defect() -> None:
     assert replace_properties("# a\na=1\nb=2", {"a": "3"}) == "# a\na=3\nb=2\n"
     with pytest.raises(AssertionError, match="has no c"):
@@ -423,6 +432,14 @@ def test_the_callers_environment_puts_no_other_code_or_settings_in_place_of_ours
     callers = {"PYTHONPATH": "/theirs", "PYTHONSAFEPATH": "1", "TS_CONFIG_FILE": "/theirs/config.properties"}
     environment = server.environment({**callers, "HTTP_PROXY": "x"}, java, "mark", tmp_path, tmp_path, nodes=1)
     assert not callers.keys() & environment.keys() and environment["HTTP_PROXY"] == "x"
+
+
+@pytest.mark.parametrize(("encoding", "said"), [("ANSI_X3.4-1968", "C.UTF-8"), ("UTF-8", "de_DE.UTF-8")])
+def test_java_reads_the_names_of_files_as_python_does(tmp_path: Path, monkeypatch, encoding: str, said: str) -> None:
+    monkeypatch.setattr(locale, "getencoding", lambda: encoding)
+    java = find_java({"PATH": ""}, lambda: fake_java(tmp_path / "java", "17.0.1"))
+    environment = server.environment({"LC_ALL": "de_DE.UTF-8"}, java, "mark", tmp_path, tmp_path, nodes=1)
+    assert environment["LC_ALL"] == said
 
 
 SPAWN = """
