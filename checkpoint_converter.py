@@ -9,13 +9,11 @@ import argparse
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
-from command_line import Parser
+from command_line import Parser, interrupts, signals_to
 from engine.checkpoint import CHECKPOINT_DTYPES
 from engine.config import ConfigError
 from formats import FORMATS, SINKS, FormatError, open_source
@@ -26,16 +24,6 @@ from formats.sink import Option, whole_number
 __all__ = ["ConversionError", "convert", "main"]
 
 PROGRAM = "checkpoint_converter.py"
-
-
-class _Interrupted(BaseException):
-    """A signal that ends the conversion; not an Exception, so that nothing takes it for a bad file."""
-
-
-def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, signal.SIG_IGN)  # the clean-up is not to be interrupted
-    raise _Interrupted(number)
 
 
 def _parsing(parse: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -123,7 +111,8 @@ def _run(argv: list[str] | None, warn: Callable[[str], None]) -> str:
             warn(f"{origin} has {conversion.tokens} tokens, the model {source.args.vocab_size} (padded?)")
         if source.mixed_dtypes:
             warn(f"{source_path} mixes dtypes; all is stored as {sink.stored_as}")
-        written = conversion.run(options.force, verify=not options.no_verify)
+        with interrupts():
+            written = conversion.run(options.force, verify=not options.no_verify)
     what = f"{sink.args.parameter_count():,} parameters in {sink.stored_as}"
     return f"{output}: {what} {'converted' if written else 'were already converted'} to {sink.title}"
 
@@ -132,11 +121,10 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     if os.environ.get("RANK", "0").lstrip("0"):
         return 0  # under torchrun, and not the first
-    handlers = {}
-    if threading.current_thread() is threading.main_thread():
-        handlers = {each: signal.signal(each, _interrupt) for each in (signal.SIGINT, signal.SIGTERM)}
     try:
-        said, status = _run(argv, lambda text: print(f"{PROGRAM}: warning: {text}", file=sys.stderr)), 0
+        # Until there is something to clean up, a signal ends all at once: a hostile file can keep Python from hearing.
+        with signals_to(signal.SIG_DFL):
+            said, status = _run(argv, lambda text: print(f"{PROGRAM}: warning: {text}", file=sys.stderr)), 0
     except (FormatError, ConfigError, ConversionError, OutputError) as error:
         message, status = str(error), 1
     except OSError as error:
@@ -145,12 +133,9 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
             raise  # a bug, which needs its traceback
         message, status = "not enough memory", 1
-    except _Interrupted as error:
+    except KeyboardInterrupt as error:
         message = f"stopped by {signal.Signals(error.args[0]).name}; nothing was changed"
         status = 128 + error.args[0]
-    finally:
-        for each, handler in handlers.items():
-            signal.signal(each, handler)
     if status == 0:
         return _say(said)
     print(f"{PROGRAM}: error: {message}", file=sys.stderr)

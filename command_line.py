@@ -48,8 +48,12 @@ class Parser(argparse.ArgumentParser):
         return word
 
 
+# What ends a program: Ctrl-C, `kill`, and a terminal that is closed.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 def end_with(main: Callable[[], int]) -> NoReturn:
-    """Run a command line and end with its status; Ctrl-C and SIGTERM let it clean up."""
+    """Run a command line and end with its status; the signals that end a program let it clean up."""
     try:
         with interrupts():
             sys.exit(main())
@@ -60,20 +64,27 @@ def end_with(main: Callable[[], int]) -> NoReturn:
 
 @contextlib.contextmanager
 def interrupts() -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM raise KeyboardInterrupt once; what is cleaned up after that is left in peace.
-
-    A signal that is ignored, as Ctrl-C is in a shell's background, stays so.
-    """
+    """Let one of SIGNALS raise KeyboardInterrupt with its number, once; what is cleaned up then is left in peace."""
 
     def interrupt(number: int, frame: FrameType | None) -> NoReturn:
-        for each in (signal.SIGINT, signal.SIGTERM):
+        for each in SIGNALS:
             signal.signal(each, signal.SIG_IGN)
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(number)
 
+    with signals_to(interrupt):
+        yield
+
+
+@contextlib.contextmanager
+def signals_to(action: Callable[[int, FrameType | None], None] | signal.Handlers) -> Iterator[None]:
+    """Give SIGNALS another action for a while.
+
+    One that is ignored stays so, as Ctrl-C in a shell's background and SIGHUP under nohup.
+    """
     before = {}
-    if threading.current_thread() is threading.main_thread():
-        heard = [each for each in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(each) is not signal.SIG_IGN]
-        before = {each: signal.signal(each, interrupt) for each in heard}
+    if threading.current_thread() is threading.main_thread():  # signals interrupt no other
+        heard = [each for each in SIGNALS if signal.getsignal(each) is not signal.SIG_IGN]
+        before = {each: signal.signal(each, action) for each in heard}
     try:
         yield
     finally:

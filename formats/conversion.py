@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 
+from command_line import signals_to
 from engine.checkpoint import FORMAT_VERSION, MANIFEST, CheckpointError, check_hashes, check_sizes, sha256_of
 from formats import SINKS, open_source
 from formats.output import (
@@ -111,7 +111,8 @@ class Conversion:
             try:
                 if force and self._is_done(verify=True):
                     return False  # another process did the same meanwhile, and may have readers
-                with _uninterrupted():
+                # What is complete is put in place, whatever comes: half of that would be neither old nor new.
+                with signals_to(signal.SIG_IGN):
                     self._put_in_place(folder, replace=force)
             except OutputTaken:
                 if not self._is_done(verify=False):
@@ -248,21 +249,6 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(count)
-
-
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """What is complete is put in place, whatever signal comes meanwhile: half of that would be neither old nor new."""
-    signals = (signal.SIGINT, signal.SIGTERM)
-    if threading.current_thread() is not threading.main_thread():
-        yield  # nor do signals end other threads
-        return
-    handlers = {each: signal.signal(each, signal.SIG_IGN) for each in signals}
-    try:
-        yield
-    finally:
-        for each, handler in handlers.items():
-            signal.signal(each, handler)
 
 
 def _checked_tokenizer(sink: Sink) -> int:

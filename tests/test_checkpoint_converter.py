@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import weakref
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -421,7 +422,7 @@ def test_a_conversion_that_nobody_hears_of_is_done(meta, tmp_path):
     assert open_source(tmp_path / "OUT.GGUF").title == "GGUF" and (tmp_path / "OUT.GGUF").is_file()
 
 
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_it_without_a_trace(meta, tmp_path, sent):
     slow = (
         "import sys, time, checkpoint_converter as c\n"
@@ -443,6 +444,37 @@ def test_a_signal_ends_it_without_a_trace(meta, tmp_path, sent):
             process.kill()  # else leaving the block waits for it without end
     assert process.returncode == 128 + sent
     assert err == f"checkpoint_converter.py: error: stopped by {sent.name}; nothing was changed\n"
+    assert only(tmp_path) == ["meta"]
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_a_file_that_hangs_the_unpickler_does_not_keep_a_signal_from_ending_it(meta, tmp_path, sent):
+    # The key of a dictionary is a tuple of the one before, twice, 60 times over: nobody lives to see its hash.
+    tuples = b"".join(b"h" + bytes([number]) + b"\x86q" + bytes([number + 1]) for number in range(60))
+    shard = next(meta.glob("*.pth"))
+    with zipfile.ZipFile(shard) as whole:
+        records = {info.filename: whole.read(info) for info in whole.infolist()}
+    with zipfile.ZipFile(shard, "w") as hostile:
+        for name, content in records.items():
+            pickled = b"\x80\x02}K\x01\x85q\x00" + tuples + b"K\x01s."
+            hostile.writestr(name, pickled if name.endswith("data.pkl") else content)
+    telling = (
+        "import sys, torch, checkpoint_converter as c\n"
+        "load = torch.load\n"
+        "def told(*arguments, **options):\n    print('loads', flush=True)\n    return load(*arguments, **options)\n"
+        "torch.load = told\n"
+        "sys.exit(c.main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", telling, str(meta), str(tmp_path / "out")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout.readline() == "loads\n"
+            time.sleep(1)
+            assert process.poll() is None
+            process.send_signal(sent)
+            assert process.wait(30) == -sent
+        finally:
+            process.kill()
     assert only(tmp_path) == ["meta"]
 
 

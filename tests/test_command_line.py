@@ -10,7 +10,7 @@ import pytest
 
 import checkpoint_converter
 import generate
-from command_line import Parser, interrupts
+from command_line import SIGNALS, Parser, interrupts, signals_to
 from tools import archive, bench, bench_peers, chat, check, download, fuzz, parity, serve, stress
 
 
@@ -73,26 +73,28 @@ def test_words_that_are_no_options_stay_as_they_are():
     assert made.parse_args(["--text", "xxtext", "xxtext", "__text"]).words == ["xxtext", "__text"]
 
 
-def test_an_interrupt_that_is_ignored_stays_ignored():
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_that_is_ignored_stays_ignored(number):
+    before = signal.signal(number, signal.SIG_IGN)
     try:
-        with interrupts():
-            os.kill(os.getpid(), signal.SIGINT)
+        for block in (interrupts(), signals_to(signal.SIG_DFL)):
+            with block:
+                os.kill(os.getpid(), number)
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_an_interrupt_comes_once_and_leaves_the_cleaning_up_in_peace(number):
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    before = [signal.getsignal(each) for each in SIGNALS]
     cleaned = []
-    with pytest.raises(KeyboardInterrupt), interrupts():
+    with pytest.raises(KeyboardInterrupt, match=str(int(number))), interrupts():
         try:
             os.kill(os.getpid(), number)
             time.sleep(5)
         finally:
-            for again in (signal.SIGINT, signal.SIGTERM):
+            for again in SIGNALS:
                 os.kill(os.getpid(), again)
             cleaned.append(True)
     assert cleaned == [True]
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    assert [signal.getsignal(each) for each in SIGNALS] == before

@@ -84,9 +84,9 @@ def start(options: Options) -> int:
         print(f"serve: error: {error}\nThe logs are in {plan.folder / 'logs'}", file=sys.stderr)
         return 1
     finally:
-        progress.end()
         if not ready:  # whatever the reason, Ctrl-C too: nothing half-started stays behind
             server.stop(plan.folder)
+        progress.end()  # which fails where the terminal was closed
     return _tell(record, plan.folder)
 
 
