@@ -119,7 +119,7 @@ def _run(argv: list[str] | None, warn: Callable[[str], None]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    if os.environ.get("RANK", "0").lstrip("0"):
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0":
         return 0  # under torchrun, and not the first
     try:
         # Until there is something to clean up, a signal ends all at once: a hostile file can keep Python from hearing.

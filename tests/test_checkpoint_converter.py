@@ -536,12 +536,17 @@ def test_what_could_not_be_served_is_not_converted_for_a_server(meta, tmp_path, 
 
 
 def test_under_torchrun_only_the_first_rank_converts(meta, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("RANK", "1")
     assert run(capsys, meta, tmp_path / "out") == (0, "", "")
     assert not (tmp_path / "out").exists()
     monkeypatch.setenv("RANK", "0")
     assert run(capsys, meta, tmp_path / "out")[0] == 0
     open_checkpoint(tmp_path / "out")
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")  # somebody else's RANK
+    monkeypatch.setenv("RANK", "1")
+    assert run(capsys, meta, tmp_path / "other")[0] == 0
+    open_checkpoint(tmp_path / "other")
 
 
 def test_help_names_every_flag(capsys):
