@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import resource
 import select
 import signal
 import socket
@@ -247,6 +248,24 @@ def test_a_saved_dialog_is_loaded_again(capsys: pytest.CaptureFixture[str], tmp_
     assert other.chat.dialog == repl.chat.dialog == json.loads(file.read_text(encoding="utf-8"))
     said(other, capsys, "More", f"/save {file}")
     assert len(json.loads(file.read_text(encoding="utf-8"))) == 5
+
+
+def test_a_full_disk_does_not_cost_the_earlier_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file, link = tmp_path / "dialog.json", tmp_path / "link.json"
+    link.symlink_to(file)
+    repl = repl_of()
+    said(repl, capsys, "Hi", f"/save {link}")
+    saved = file.read_bytes()
+    file.chmod(0o600)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(saved), hard))  # no file may become longer
+    try:
+        assert said(repl, capsys, "More", f"/save {link}")[1] == f"error: {file}: cannot be written: File too large\n"
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert file.read_bytes() == saved and sorted(os.listdir(tmp_path)) == ["dialog.json", "link.json"]
+    said(repl, capsys, f"/save {link}")
+    assert len(json.loads(file.read_text())) == 4 and link.is_symlink() and file.stat().st_mode & 0o777 == 0o600
 
 
 def test_a_loaded_question_waits_for_retry(capsys: pytest.CaptureFixture[str]) -> None:

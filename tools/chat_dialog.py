@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 from prompt_files import read_dialogs
@@ -100,16 +101,23 @@ class Chat:
         """Write the dialog; only another dialog is overwritten."""
         if not self.history:
             raise AnswerError("there is nothing to save yet")
-        target = Path(os.path.expanduser(path))
+        target = Path(os.path.realpath(os.path.expanduser(path)))
         if os.path.exists(target):
             try:
                 _read_dialog(target)
             except AnswerError:
                 raise AnswerError(f"{target}: exists and holds no dialog; choose another name") from None
+        partial = target.with_name(f".{target.name}.{os.getpid()}")  # a full disk must not cost the earlier one
         try:
-            target.write_text(json.dumps(self.dialog, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            partial.write_text(json.dumps(self.dialog, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            if target.exists():
+                shutil.copymode(target, partial)
+            partial.replace(target)
         except OSError as error:
             raise AnswerError(f"{target}: cannot be written: {error.strerror}") from None
+        finally:
+            with suppress(OSError):  # most often since it was put in place
+                partial.unlink()
 
     def load(self, path: str) -> None:
         """Go on with the dialog of a file; a question at its end waits for `retry`."""
