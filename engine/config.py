@@ -15,6 +15,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("none", "int8", "int4", "int4-128", "fp8")
 KERNELS = ("auto", "native", "torch")
 SPECULATIONS = ("none", "prompt_lookup")
+MOST_THREADS = 1024  # more than a system lets a process have would end it without a word
 
 
 class ConfigError(ValueError):
@@ -87,6 +88,10 @@ class EngineConfig:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1")
+        if self.threads is not None and self.threads > MOST_THREADS:
+            raise ConfigError(
+                f"threads is {self.threads}; it must be at most {MOST_THREADS}, and best no more than cores"
+            )
         beside = self.prefill_beside_decode
         if beside != "auto" and (isinstance(beside, bool) or not isinstance(beside, int) or beside < 1):
             raise ConfigError(f"prefill_beside_decode is {beside!r}; it must be auto or a whole number of at least 1")

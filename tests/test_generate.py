@@ -280,6 +280,7 @@ BAD_FLAGS = [
     (["--prompt", "x", "--top-k", "-3"], "top_k is -3"),
     (["--prompt", "x", "--max-new-tokens", "-3"], "max_tokens is -3"),
     (["--prompt", "x", "--max-seq-len", "0"], "max_seq_len is 0; it must be a whole number of at least 1"),
+    (["--prompt", "x", "--threads", "100000"], "threads is 100000; it must be at most 1024"),
     (["--prompt", "x", "--max-batch-size", "600"], "max_tokens_per_step is 512; it must be at least max_batch_size"),
     (["--prompt", "x", "--max-batch-size", "500", "--max-seq-len", "9999999"], "not enough memory: weights"),
     (["--prompt", "x", "--dtype", "float32", "--device", "cuda"], "device is 'cuda' but this machine"),
