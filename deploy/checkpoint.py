@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ MANIFEST = "manifest.json"  # engine/checkpoint.py's; repeated, because that one
 def converted(checkpoint: Path | None, build: Path) -> Path:
     """The folder for `converted_ckpt_dir`, made first where it is not there; None is the demo model."""
     if checkpoint is not None:
-        checkpoint = Path(checkpoint).expanduser().resolve()
+        checkpoint = Path(os.path.expanduser(checkpoint)).resolve()
         if not checkpoint.exists():
             raise ConfigError(f"checkpoint {checkpoint}: no such folder")
         if (checkpoint / MANIFEST).exists():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -96,7 +97,7 @@ class Options:
                 values[name] = value
             elif name in ("checkpoint", "config", "build"):
                 if text:
-                    own[name] = Path(text).expanduser().resolve()
+                    own[name] = Path(os.path.expanduser(text)).resolve()
             elif value is not None:  # `make serve TP=` is the same as no TP
                 own[name] = str(text) if name in ("host", "device", "master") else value
         return cls(**own, values=values)
@@ -160,11 +161,11 @@ def plan_model(options: Options) -> Plan:
     model_config.setdefault("parallelType", "tp")
     checkpoint, given = options.checkpoint, handler.get("converted_ckpt_dir") or DEMO
     if checkpoint is None and given != DEMO:
-        checkpoint = options.config.parent / Path(str(given)).expanduser()
+        checkpoint = options.config.parent / os.path.expanduser(str(given))
     for key in {"tokenizer_path", "model_args_path"} & handler.keys():
         if isinstance(handler[key], str):  # the archive is unpacked elsewhere
             base = Path.cwd() if key in options.values else options.config.parent
-            handler[key] = str((base / Path(handler[key]).expanduser()).resolve())
+            handler[key] = str((base / os.path.expanduser(handler[key])).resolve())
     # The settings are checked before minutes go into a conversion, but for what describes its outcome.
     handler["converted_ckpt_dir"] = str(options.build / "demo")
     _fit_queue(model_config, options.values)

@@ -332,6 +332,19 @@ def test_real_weights_do_not_get_the_demo_models_number_of_slots(planned, tmp_pa
     assert plan.model_config["handler"]["max_batch_size"] == 6
 
 
+def test_a_user_that_is_not_there_is_no_traceback(planned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(configuration, "converted", checkpoint.converted)
+    with pytest.raises(ConfigError, match="~nosuchuser/7b: no such folder"):
+        planned("CHECKPOINT=~nosuchuser/7b")
+    config = tmp_path / "own.yaml"
+    text = (PROJECT / "model-config.yaml").read_text()
+    config.write_text(re.sub("converted_ckpt_dir: .*", "converted_ckpt_dir: ~nosuchuser/7b", text))
+    with pytest.raises(ConfigError, match="~nosuchuser/7b: no such folder"):
+        planned(f"CONFIG={config}")
+    with pytest.raises(ConfigError, match="~nosuchuser/my.yaml: cannot be read"):
+        planned("CONFIG=~nosuchuser/my.yaml")
+
+
 def test_a_folder_that_is_not_there_or_ranks_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such folder"):
         checkpoint.converted(tmp_path / "none", tmp_path)
