@@ -91,10 +91,8 @@ def _one_of(parser: Parser, options: argparse.Namespace, positional: str, flag: 
     return given.pop()
 
 
-def _run(argv: list[str] | None, warn: Callable[[str], None]) -> str:
+def _run(parser: Parser, options: argparse.Namespace, warn: Callable[[str], None]) -> str:
     """Convert as the command line says; what there is to say when it is done."""
-    parser = _parser()
-    options = parser.parse_args(argv)
     source_path = _one_of(parser, options, "source", "original_ckpt_dir", "IN")
     output = _one_of(parser, options, "output", "save_checkpoint_dir", "OUT")
     dtype = CHECKPOINT_DTYPES[options.dtype] if options.dtype else None
@@ -121,10 +119,12 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0":
         return 0  # under torchrun, and not the first
+    parser = _parser()
+    options = parser.parse_args(argv)
     try:
         # Until there is something to clean up, a signal ends all at once: a hostile file can keep Python from hearing.
         with signals_to(signal.SIG_DFL):
-            said, status = _run(argv, lambda text: print(f"{PROGRAM}: warning: {text}", file=sys.stderr)), 0
+            said = _run(parser, options, lambda text: print(f"{PROGRAM}: warning: {text}", file=sys.stderr))
     except (FormatError, ConfigError, ConversionError, OutputError) as error:
         message, status = str(error), 1
     except OSError as error:
@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         message = f"stopped by {signal.Signals(error.args[0]).name}; nothing was changed"
         status = 128 + error.args[0]
-    if status == 0:
+    else:
         return _say(said)
     print(f"{PROGRAM}: error: {message}", file=sys.stderr)
     return status

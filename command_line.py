@@ -5,12 +5,35 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
+
+
+def _is_ours() -> bool:
+    """Whether a program of ours was started, and not somebody else's that imports one.
+
+    `python -m tools.x` imports `tools`, which imports this, while it still looks for the module.
+    """
+    started = Path(getattr(sys.modules["__main__"], "__file__", None) or "?").resolve()
+    ours = (Path(__file__).resolve().with_name(name) for name in ("generate.py", "checkpoint_converter.py"))
+    return sys.argv[:1] == ["-m"] or started in ours
+
+
+if _is_ours():
+    # A stream may have been closed by who started us: no file that is opened later may get its number.
+    if sys.stdin is None:
+        sys.stdin = open(os.open(os.devnull, os.O_WRONLY))  # so that reading it is an error
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")
+    # Importing torch takes seconds. Until a command line is read, Ctrl-C ends a program without a traceback.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class Parser(argparse.ArgumentParser):
@@ -18,6 +41,16 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, **settings)
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        """All ways to read a command line lead through here, where what it is for begins."""
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if sys.stdout is None:
+            self.exit(1, f"{self.prog}: error: stdout is closed; send it somewhere, such as > FILE\n")
+        if sys.stdout.errors == "strict":  # the locale's encoding may lack what is to be written
+            sys.stdout.reconfigure(errors="replace")
+        return super().parse_known_args(args, namespace)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         words = [self._respelt(word) for word in (sys.argv[1:] if args is None else args)]

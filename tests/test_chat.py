@@ -436,6 +436,21 @@ def test_a_long_chat_goes_on_beyond_the_context(local: LocalBackend) -> None:
         list(chat.ask("word " * 400))
 
 
+def test_an_output_that_takes_no_more_ends_it_in_one_line() -> None:
+    code = (
+        "import sys; from tools import chat; from test_chat import Script\n"
+        "chat.open_backend = lambda *_: Script()\n"
+        "sys.exit(chat.main([]))"
+    )
+    command = [sys.executable, "-c", code]
+    environment = {**os.environ, "PYTHONPATH": f"{PROJECT}:{PROJECT / 'tests'}"}
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(
+            command, env=environment, input="Hi\n", stdout=full, stderr=subprocess.PIPE, text=True, timeout=60
+        )
+    assert (ended.returncode, ended.stderr) == (1, "chat: error: the dialog cannot go on: No space left on device\n")
+
+
 def test_a_pipe_gets_the_demo_models_answers_only() -> None:
     ended = subprocess.run(
         [sys.executable, "-m", "tools.chat", "--temperature", "0", "--metrics"],

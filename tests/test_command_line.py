@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +16,8 @@ import checkpoint_converter
 import generate
 from command_line import SIGNALS, Parser, interrupts, signals_to
 from tools import archive, bench, bench_peers, chat, check, download, fuzz, parity, serve, stress
+
+PROJECT = Path(__file__).resolve().parent.parent
 
 
 def parser() -> Parser:
@@ -65,6 +71,58 @@ def test_every_program_tells_an_unknown_flag_in_one_line(program, capsys):
     out, err = capsys.readouterr()
     assert (ended.value.code, out) == (2, "")
     assert err.count("\n") == 1 and ": error: " in err and err.endswith("(see --help)\n")
+
+
+def start(words: str, **options) -> subprocess.Popen:
+    command = ["bash", "-c", f"exec {sys.executable} {words}"]
+    return subprocess.Popen(command, cwd=PROJECT, stderr=subprocess.PIPE, text=True, **options)
+
+
+@pytest.mark.parametrize("words", ["generate.py --prompt x", "checkpoint_converter.py a b", "-m tools.check a b"])
+def test_ctrl_c_while_torch_is_imported_leaves_no_traceback(words):
+    with start(words) as program:
+        try:
+            loaded = Path(f"/proc/{program.pid}/maps")
+            deadline = time.monotonic() + 60
+            while "/libtorch" not in loaded.read_text() and time.monotonic() < deadline:
+                time.sleep(0.01)
+            program.send_signal(signal.SIGINT)
+            _, err = program.communicate(timeout=60)
+        finally:
+            program.kill()
+    assert (program.returncode, err) == (-signal.SIGINT, "")  # which a shell calls 130
+
+
+def test_who_imports_a_program_keeps_ctrl_c():
+    code = "import signal, checkpoint_converter; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, stdout=subprocess.PIPE, text=True, timeout=60)
+    assert ended.stdout == "True\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("generate.py --prompts - <&-", "generate.py: error: -: cannot be read: Bad file descriptor\n"),
+        ("-m tools.chat --server 127.0.0.1:1 <&-", "chat: error: the dialog cannot go on: Bad file descriptor\n"),
+        (
+            "-m tools.serve status >&-",
+            "python -m tools.serve: error: stdout is closed; send it somewhere, such as > FILE\n",
+        ),
+        ("checkpoint_converter.py /nowhere out 2>&-", ""),
+        ("-m tools.chat --server 127.0.0.1:1 <&- >&- 2>&-", ""),
+    ],
+)
+def test_a_stream_that_is_closed_gives_a_message_where_it_can_be_seen(words, said):
+    with start(words, stdout=subprocess.PIPE) as program:
+        assert program.communicate(timeout=60) == ("", said)
+    assert program.returncode == 1
+
+
+def test_what_the_encoding_of_stdout_lacks_is_replaced(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="latin-1"))
+    parser().parse_args([])
+    print("ä 🐱", flush=True)
+    assert sys.stdout.buffer.getvalue() == b"\xe4 ?\n"
 
 
 def test_words_that_are_no_options_stay_as_they_are():

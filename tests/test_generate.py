@@ -170,7 +170,7 @@ def test_a_closed_stdout_is_told_before_anything_is_loaded() -> None:
     command = f"{sys.executable} generate.py --checkpoint /nowhere --quiet --prompt x >&-"
     ended = subprocess.run(["bash", "-c", command], cwd=PROJECT, stderr=subprocess.PIPE, text=True, timeout=120)
     assert ended.returncode == 1
-    assert ended.stderr == "generate.py: error: stdout is closed: the answer cannot be written\n"
+    assert ended.stderr == "generate.py: error: stdout is closed; send it somewhere, such as > FILE\n"
 
 
 def test_the_same_seed_gives_the_same_text_in_a_crowd(llm: LLM) -> None:

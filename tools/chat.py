@@ -384,9 +384,12 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader left; nothing more can be written, not even at exit
+    except OSError as error:  # nothing more can be read or written, not even at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        if isinstance(error, BrokenPipeError):  # the reader left
+            return 141
+        print(f"chat: error: the dialog cannot go on: {error.strerror}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":
