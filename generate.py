@@ -455,14 +455,9 @@ def run(flags: argparse.Namespace, launch: Launch) -> None:
 def _write_text(llm: LLM, request: Request, flags: argparse.Namespace) -> None:
     """The text of one answer, as it comes."""
     if flags.echo and isinstance(request.prompt, str):
-        sys.stdout.write(request.prompt)
-
-    def show(_: int, text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-
-    completion = llm.generate([request], None if flags.no_stream else show)[0]
-    print(completion.text if flags.no_stream else "", flush=True)
+        _write(request.prompt)
+    completion = llm.generate([request], None if flags.no_stream else lambda _, text: _write(text))[0]
+    _write(f"{completion.text if flags.no_stream else ''}\n")
     if completion.error:
         raise RequestError(completion.error)
 
@@ -474,8 +469,21 @@ def _write_lines(llm: LLM, requests: list[Request]) -> None:
     for index, answer in llm.stream(requests):
         done[index] = completion_line(index, answer.completion())
         while written in done:
-            print(done.pop(written), flush=True)
+            _write(f"{done.pop(written)}\n")
             written += 1
+
+
+class _Unwritable(Exception):
+    """Stdout takes no more; why is the argument."""
+
+
+def _write(text: str) -> None:
+    """Write some of an answer at once."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        raise _Unwritable(error) from None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -501,11 +509,15 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except OSError as error:  # nothing more can be written, not even at exit
+    except _Unwritable as error:  # not even at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):  # the reader left
+        if isinstance(error.args[0], BrokenPipeError):  # the reader left
             return 141
-        print(f"generate.py: error: the answer cannot be written: {error.strerror}", file=sys.stderr)
+        print(f"generate.py: error: the answer cannot be written: {error.args[0].strerror}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"generate.py: error: {where}{error.strerror or error}", file=sys.stderr)
         return 1
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -164,6 +165,15 @@ def test_a_full_disk_is_told_in_one_line(checkpoint: Path) -> None:
         ended = subprocess.run(command, cwd=PROJECT, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
     assert ended.returncode == 1
     assert ended.stderr == "generate.py: error: the answer cannot be written: No space left on device\n"
+
+
+def test_a_file_that_cannot_be_read_is_not_said_to_be_the_answer(monkeypatch, capsys) -> None:
+    def run(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error", "/weights/__0_0.distcp")
+
+    monkeypatch.setattr(generate, "run", run)
+    assert main(["--prompt", "x"]) == 1
+    assert capsys.readouterr().err == "generate.py: error: /weights/__0_0.distcp: Input/output error\n"
 
 
 def test_a_closed_stdout_is_told_before_anything_is_loaded() -> None:
