@@ -630,6 +630,8 @@ def test_a_partial_folder_belongs_to_one_download_at_a_time(
     partial.mkdir()
     (partial / "mine.txt").touch()
     assert "out.partial: is of no download; delete it" in fails(capsys, from_hub(hub, tmp_path / "out"))
+    (partial / ".download").touch()
+    assert "out.partial: is of no download; delete it" in fails(capsys, from_hub(hub, tmp_path / "out"))
     (partial / ".download").write_text("https://huggingface.co/org/other\n")
     assert "out.partial: is of https://huggingface.co/org/other" in fails(capsys, from_hub(hub, tmp_path / "out"))
     (partial / ".download").write_text(f"{hub.url}/org/model\n")
@@ -639,6 +641,15 @@ def test_a_partial_folder_belongs_to_one_download_at_a_time(
     assert "another download is at work there" in fails(capsys, from_hub(hub, tmp_path / "out"))
     assert (partial / "mine.txt").exists()
     os.close(lock)
+
+
+def test_a_download_that_was_given_up_before_it_had_begun_is_begun_again(
+    hub: Hub, hf_files: dict[str, bytes], tmp_path: Path
+) -> None:
+    hub.files = hf_files
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / ".download").touch()
+    assert from_hub(hub, tmp_path / "out") == 0 and (tmp_path / "out" / "model.safetensors").is_file()
 
 
 def test_a_disk_without_room_is_noticed_before_anything_is_brought(

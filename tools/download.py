@@ -90,11 +90,12 @@ def _partial(target: Path, label: str, files: list[RemoteFile]) -> Iterator[Path
 def _claim(folder: Path, label: str) -> None:
     """Write down whose folder this is, or refuse one that is of something else."""
     marker = folder / MARKER
-    if not any(folder.iterdir()):
+    whose = marker.read_text(errors="replace").strip() if marker.is_file() else ""
+    if not whose and all(path == marker for path in folder.iterdir()):  # new, or given up before that was written
         marker.write_text(f"{label}\n")
-    whose = marker.read_text(errors="replace").strip() if marker.is_file() else "no download"
-    if whose != label:
-        raise DownloadError(f"{folder}: is of {printable(whose)[:200]}; delete it, or choose another output")
+    elif whose != label:
+        found = printable(whose)[:200] or "no download"
+        raise DownloadError(f"{folder}: is of {found}; delete it, or choose another output")
 
 
 def _tidy(folder: Path, files: list[RemoteFile]) -> None:
