@@ -61,7 +61,11 @@ def only_one(folder: Path) -> Iterator[None]:
     """One command at a time starts or stops the server of a folder, or packs its archive; a second one waits."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another make serve, stop or archive of {folder.parent}", file=sys.stderr, flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
@@ -289,7 +293,11 @@ def worker_failure(folder: Path) -> str | None:
     """
     if "cannot start: " in _tail(folder / "logs" / "model_log.log"):
         return reason(folder)
-    if _tail(folder / "logs" / "ts_log.log").count("Retry worker: ") <= FORGIVEN_FAILURES:
+    frontend = _tail(folder / "logs" / "ts_log.log")
+    refused = re.search(r"Failed to load model: .*\n(.*)", frontend)
+    if refused:  # no room, most often; TorchServe would go on without a model
+        return f"TorchServe could not load the archive, which it unpacks in {tempfile.gettempdir()}: {refused[1]}"
+    if frontend.count("Retry worker: ") <= FORGIVEN_FAILURES:
         return None
     return reason(folder) or "the worker ended while it loaded"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import locale
 import os
@@ -10,6 +11,9 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
+import threading
+import time
 import xml.etree.ElementTree
 import zipfile
 from importlib.util import find_spec
@@ -24,6 +28,7 @@ from deploy.configuration import PROPERTIES, Options, Plan, plan_model, properti
 from deploy.java import find_java, major_version
 from engine.config import ConfigError
 from handler.settings import parse
+from tools import archive as archive_tool
 from tools import serve
 from tools.archive import archive, digest, sources
 
@@ -558,6 +563,48 @@ def test_a_worker_that_dies_is_noticed_with_its_reason(tmp_path: Path, case: str
         assert server.worker_failure(tmp_path) is None
     log.write_text(again * (server.FORGIVEN_FAILURES + 1))
     assert server.worker_failure(tmp_path) == reason
+
+
+def test_an_archive_that_cannot_be_unpacked_ends_the_start(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "ts_log.log").write_text(
+        "2026-11-28T06:14:43,503 WARN  ModelServer - Failed to load model: llama.mar\n"
+        "java.io.IOException: No space left on device\n\tat java.base/sun.nio.ch.IOUtil.write(IOUtil.java:97)\n"
+    )
+    assert server.worker_failure(tmp_path) == (
+        f"TorchServe could not load the archive, which it unpacks in {tempfile.gettempdir()}: "
+        "java.io.IOException: No space left on device"
+    )
+
+
+@pytest.mark.parametrize("program", [serve, archive_tool])
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch, capsys, program) -> None:
+    words = [*(["start"] if program is serve else []), f"BUILD={tmp_path}"]
+    for error, where in (
+        (OSError(errno.ENOSPC, "No space left on device"), tmp_path),  # as of a write
+        (OSError(errno.ENOSPC, "No space left on device", "/from", None, "/to"), "/to"),  # as of a copy
+    ):
+
+        def full(options: Options, error: OSError = error) -> None:
+            raise error
+
+        monkeypatch.setattr(program, "plan_model", full)
+        assert program.main(words) == 1
+        assert capsys.readouterr().err.endswith(f": error: {where}: No space left on device\n")
+
+
+def test_who_waits_for_another_command_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with server.only_one(tmp_path / "serve"):
+        assert capsys.readouterr().err == ""
+        waiting = threading.Thread(target=serve.main, args=(["stop", f"BUILD={tmp_path}"],))
+        waiting.start()
+        deadline, said = time.monotonic() + 20, ""
+        while not said and time.monotonic() < deadline:
+            time.sleep(0.02)
+            said = capsys.readouterr().err
+        assert said == f"waiting for another make serve, stop or archive of {tmp_path}\n"
+    waiting.join(20)
+    assert capsys.readouterr().err == "not running\n"
 
 
 def test_nothing_running_is_said_and_is_no_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

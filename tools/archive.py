@@ -122,14 +122,19 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="python -m tools.archive", description=main.__doc__)
     Options.add_arguments(parser)
     flags = parser.parse_args(argv)
+    options = Options()
     try:
         options = Options.from_words(flags.words)
         with only_one(options.build / "serve"):
             path = plan_model(options).write_model_config()
             for archive_format in ("default", "no-archive"):
                 print(archive(path, options.build, archive_format))
-    except (ConfigError, OSError) as error:
+    except ConfigError as error:
         print(f"archive: error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        where = error.filename2 or error.filename or options.build
+        print(f"archive: error: {where}: {error.strerror or error}", file=sys.stderr)
         return 1
     return 0
 

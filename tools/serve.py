@@ -157,8 +157,12 @@ def _run(command: str, words: list[str]) -> int:
             return status(options)
         with server.only_one(options.build / "serve"):
             return start(options) if command == "start" else stop(options)
-    except (ConfigError, OSError) as error:
+    except ConfigError as error:
         print(f"serve: error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        where = error.filename2 or error.filename or options.build
+        print(f"serve: error: {where}: {error.strerror or error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         record = server.Record.read(options.build / "serve")
