@@ -643,6 +643,17 @@ def test_a_partial_folder_belongs_to_one_download_at_a_time(
     os.close(lock)
 
 
+def test_no_proxy_is_asked_for_this_machine(
+    hub: Hub, hf_files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("http_proxy", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody is there
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    hub.files = hf_files
+    assert from_hub(hub, tmp_path / "out") == 0
+
+
 def test_a_download_that_was_given_up_before_it_had_begun_is_begun_again(
     hub: Hub, hf_files: dict[str, bytes], tmp_path: Path
 ) -> None:

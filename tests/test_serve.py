@@ -615,6 +615,28 @@ def test_nothing_running_is_said_and_is_no_error(tmp_path: Path, capsys: pytest.
     assert "did you mean 'MAX_SEQ_LEN'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("proxies", "direct"),
+    [
+        ({}, False),
+        ({"http_proxy": "http://proxy:3128"}, True),
+        ({"all_proxy": "http://proxy:3128"}, True),
+        ({"https_proxy": "http://proxy:3128"}, False),
+        ({"http_proxy": "http://proxy:3128", "no_proxy": "localhost,127.0.0.1"}, False),
+        ({"http_proxy": "http://proxy:3128", "no_proxy": "example.org"}, True),
+    ],
+)
+def test_the_curl_line_works_where_there_is_a_proxy(tmp_path, capsys, monkeypatch, proxies, direct) -> None:
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name.upper(), raising=False)
+        monkeypatch.delenv(name, raising=False)
+    for name, value in proxies.items():
+        monkeypatch.setenv(name, value)
+    serve._tell(server.Record("m", "f", "http://127.0.0.1:9000", "", False, 1, "c", "x", 0.0), tmp_path)
+    said = capsys.readouterr().out
+    assert said.startswith("curl http://127.0.0.1:9000/predictions/llama ") and ("--noproxy '*'" in said) == direct
+
+
 def test_words_in_front_of_make_are_not_passed_over_in_silence(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

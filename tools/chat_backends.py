@@ -183,6 +183,8 @@ class ServerBackend:
     def __init__(self, server: str, model: str, token: str | None = None) -> None:
         try:
             import requests
+
+            from tools.download_http import is_local
         except ImportError:
             raise RequestError("--server needs the package 'requests'; pip install requests") from None
         self._errors = requests.exceptions
@@ -202,7 +204,7 @@ class ServerBackend:
         self._model = model
         self._session = requests.Session()
         # A proxy is no way to this machine.
-        self._session.trust_env = parts.hostname not in ("localhost", "127.0.0.1", "::1")
+        self._session.trust_env = not is_local(parts.hostname)
         self._session.headers.update({"Connection": "close", "Accept-Encoding": "identity"})
 
         def authorize(request: requests.PreparedRequest) -> requests.PreparedRequest:

@@ -77,8 +77,12 @@ class Client:
         for _ in range(_MOST_REDIRECTS):
             if self.stop.is_set():
                 raise Stopped
+            host = split_url(url).hostname
+            direct = {"no_proxy": host} if is_local(host) else None  # a proxy is no way to this machine
             with _troubles(name, url):
-                response = self._session.get(url, headers=headers, stream=True, allow_redirects=False, timeout=_TIMEOUT)
+                response = self._session.get(
+                    url, headers=headers, stream=True, allow_redirects=False, timeout=_TIMEOUT, proxies=direct
+                )
             if response.status_code not in _REDIRECTS:
                 return self._checked(name, response)
             response.close()

@@ -9,6 +9,8 @@ import os
 import shlex
 import sys
 import time
+import urllib.parse
+import urllib.request
 from pathlib import Path
 
 from command_line import Parser, interrupts
@@ -98,6 +100,9 @@ def _tell(record: server.Record, folder: Path) -> int:
         print(f'KEY=$(sed -n \'/inference/,/}}/s/.*"key": "\\(.*\\)".*/\\1/p\' {path})')
         header = ' -H "Authorization: Bearer $KEY"'
     url = f"{record.url}/predictions/{server.MODEL}"
+    host = urllib.parse.urlsplit(url).hostname
+    if {"http", "all"} & urllib.request.getproxies().keys() and not urllib.request.proxy_bypass(host):
+        header += " --noproxy '*'"
     print(f"curl {url}{header} -H 'Content-Type: application/json' -d '{QUESTION}'")
     return 0
 
