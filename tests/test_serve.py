@@ -375,6 +375,12 @@ def test_torchserve_reads_every_key_of_config_properties() -> None:
             assert before.startswith("#"), f"{line} has no comment"
 
 
+def test_calls_of_ranks_have_a_pool_of_threads_on_two_cores_too() -> None:
+    vmargs = next(line for line in PROPERTIES.read_text().splitlines() if line.startswith("vmargs=")).split()
+    (threads,) = (int(word.rpartition("=")[2]) for word in vmargs if "ForkJoinPool.common.parallelism" in word)
+    assert threads > 1  # with one, Java makes a thread for each call
+
+
 def test_everything_listens_on_this_machine_and_nothing_can_be_registered(planned) -> None:
     for text in (PROPERTIES.read_text(), properties_text(planned("PORT=9000"))):
         values = dict(line.partition("=")[::2] for line in text.splitlines() if not line.startswith("#"))
