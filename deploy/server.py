@@ -253,6 +253,12 @@ def probe(record: Record, folder: Path, timeout_s: float) -> tuple[int, str]:
     return _request(url, body, record.key(folder, "inference"), timeout_s)
 
 
+def responds(record: Record, folder: Path) -> bool:
+    """Whether the handler says anything within a minute: what it is asked here, it answers however busy it is."""
+    url = f"{record.url}/predictions/{MODEL}/1.0/v1/models"
+    return _request(url, None, record.key(folder, "inference"), ANSWER_S)[0] != 0
+
+
 def worker_state(record: Record, folder: Path) -> str:
     """The worker's state in TorchServe's words, or what comes before it has one."""
     status, body = _request(f"{record.management_url}/models/{MODEL}", None, record.key(folder, "management"), 5.0)

@@ -653,6 +653,26 @@ def test_words_in_front_of_make_are_not_passed_over_in_silence(
     assert warnings == ["warning: CHECKPOINT of the environment is not read; say: make stop CHECKPOINT=..."]
 
 
+@pytest.mark.parametrize(("status", "left_alone"), [(200, True), (429, True), (0, False)])
+def test_a_server_that_does_not_say_anything_is_started_anew(
+    planned, tmp_path, capsys, monkeypatch, status: int, left_alone: bool
+) -> None:
+    def stop(folder: Path) -> None:
+        raise ConfigError("stopped")
+
+    monkeypatch.setattr(serve, "find_java", lambda _: None)
+    monkeypatch.setattr(server, "fingerprint", lambda *_: "f")
+    monkeypatch.setattr(server, "stop", stop)
+    monkeypatch.setattr(server.Record, "alive", True)
+    monkeypatch.setattr(server, "worker_state", lambda *_: server.READY)
+    monkeypatch.setattr(server, "_request", lambda *_: (status, ""))
+    (tmp_path / "serve").mkdir()
+    server.Record("m", "f", "http://127.0.0.1:9000", "", False, 1, "c", "x", 0.0).write(tmp_path / "serve")
+    assert serve.main(["start", f"BUILD={tmp_path}", "DEVICE=cpu"]) == (0 if left_alone else 1)
+    said = "already running with these settings" if left_alone else "running but without an answer; restarting"
+    assert said in capsys.readouterr().err
+
+
 def test_a_record_of_a_server_that_is_gone_counts_as_not_running(tmp_path: Path, capsys) -> None:
     folder = tmp_path / "serve"
     folder.mkdir()

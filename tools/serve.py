@@ -58,12 +58,14 @@ def start(options: Options) -> int:
     wanted = server.fingerprint(plan, java, digest())
     running = server.Record.read(plan.folder)
     if running is not None and running.alive:
-        # Its worker's state, not an answer, decides: one that is busy must not be restarted for being slow.
+        # No generated text is asked for: one that is busy must not be restarted for being slow.
         state = server.worker_state(running, plan.folder)
-        if running.fingerprint == wanted and state == server.READY:
-            print(f"already running with these settings at {running.url}", file=sys.stderr)
-            return _tell(running, plan.folder)
         why = "with other settings" if running.fingerprint != wanted else f"but not ready ({state})"
+        if running.fingerprint == wanted and state == server.READY:
+            if server.responds(running, plan.folder):
+                print(f"already running with these settings at {running.url}", file=sys.stderr)
+                return _tell(running, plan.folder)
+            why = "but without an answer"
         print(f"running {why}; restarting", file=sys.stderr)
     server.stop(plan.folder)  # also what a server that was killed left behind
     server.check_ports(plan)
