@@ -16,6 +16,8 @@ from handler.prompts import chat_prompt, token_ids
 from handler.responses import Reply, json_reply
 from tokenizing import TokenizerError
 
+MOST_IDS = 1 << 16  # in a list: the frontend keeps what a client does not read
+
 Answer = Callable[[str, bytes, Service], Generation | Reply]  # of a content type and a body
 
 
@@ -94,6 +96,9 @@ def _tokenize(body: dict[str, Any], service: Service) -> Reply:
             ids = service.tokenizer.encode(fields.text(name), bos=special, eos=False)
         except TokenizerError as error:
             raise fields.error(name, f"cannot be tokenized: {error}") from None
+    most = max(MOST_IDS, 4 * service.max_seq_len)
+    if len(ids) > most:
+        raise fields.error(name, f"has {len(ids)} tokens; at most {most} are listed in one answer: send it in parts")
     return json_reply({"tokens": list(ids), "count": len(ids), "max_model_len": service.max_seq_len})
 
 

@@ -14,6 +14,7 @@ from tokenizer_fixture import train_tokenizer
 
 from engine.config import RequestError
 from engine.sequence import MAX_SEED
+from handler import protocol
 from handler.bodies import MAX_JSON_DEPTH, parse_json
 from handler.generation import Generation, Service
 from handler.prompts import MAX_CHOICES
@@ -435,6 +436,17 @@ def test_tokens_can_be_counted_and_read(service: Service) -> None:
         refused(service, "v1/tokenize", body)
     for tokens in (None, 5, ["a"], [-1], [service.vocab_size], [True], [1.5]):
         assert refused(service, "v1/detokenize", {"tokens": tokens}).param == "tokens"
+
+
+def test_a_list_of_tokens_has_an_end(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "MOST_IDS", 1000)
+    most = max(1000, 4 * service.max_seq_len)
+    text = "\u4e00" * most  # three bytes, and a token for each, behind the one for the beginning of a word
+    error = refused(service, "v1/tokenize", {"prompt": text, "add_special_tokens": False})
+    assert (error.status, error.param) == (400, "prompt")
+    expected = f"prompt has {3 * most + 1} tokens; at most {most} are listed in one answer: send it in parts"
+    assert error.message == expected
+    assert said(ask(service, "v1/tokenize", {"prompt": text[: most // 4]}))["count"] <= most
 
 
 # KServe
