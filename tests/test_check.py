@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 from formats.conversion import convert
 from formats.vocabulary import read_vocabulary
 from llama2 import ModelArgs
+from tools import check
 from tools.check import main
 
 ARGS = ModelArgs(**PARAMS, n_kv_heads=2, vocab_size=96)
@@ -120,3 +122,10 @@ def test_prompts_that_cannot_be_asked_are_no_difference(
     with pytest.raises(SystemExit) as ended:
         main([str(meta), str(meta), "--tokens", "-5"])
     assert ended.value.code == 2
+
+
+def test_a_signal_ends_it_however_busy_a_file_keeps_python(monkeypatch: pytest.MonkeyPatch, meta: Path) -> None:
+    before, found = signal.getsignal(signal.SIGINT), []
+    monkeypatch.setattr(check, "compare", lambda *_: found.append(signal.getsignal(signal.SIGINT)) or True)
+    assert main([str(meta), str(meta)]) == 0
+    assert found == [signal.SIG_DFL] and signal.getsignal(signal.SIGINT) is before

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from command_line import Parser
+from command_line import Parser, signals_to
 from engine.config import ConfigError
 from engine.engine import Engine
 from engine.loader import FLOAT32_LIMIT_BYTES, Limits, available_memory
@@ -68,7 +69,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--tokens is {flags.tokens}; it must be at least 0")
     try:
         flags.prompts = _prompts(flags.prompts) if flags.prompts else list(PROMPTS)
-        with open_source(flags.a) as a, open_source(flags.b) as b:
+        # There is nothing to clean up, and a hostile file can keep Python from hearing Ctrl-C.
+        with signals_to(signal.SIG_DFL), open_source(flags.a) as a, open_source(flags.b) as b:
             return 0 if compare(a, b, flags) else 1
     except (FormatError, ConfigError, TokenizerError, OSError) as error:
         print(f"check: error: {error}", file=sys.stderr)

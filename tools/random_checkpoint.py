@@ -10,7 +10,6 @@ import json
 import math
 import re
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from command_line import Parser
+from command_line import Parser, end_with
 from deploy.configuration import PROJECT
 from engine.checkpoint import CHECKPOINT_DTYPES
 from formats.hf import DTYPE_NAMES, INDEX, SINGLE, hf_name
@@ -189,4 +188,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)
