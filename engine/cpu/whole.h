@@ -141,8 +141,8 @@ static inline __m256 sums_of_four(__m256 x) {
 }
 template <>
 inline Floats sizes<INT8>(Floats x) {
-    const Floats sizes = magnitude(x), all_sizes{sums_of_four(sizes.low), sums_of_four(sizes.high)};
-    return (all_sizes + magnitude({sums_of_four(x.low), sums_of_four(x.high)})) * all(0.5f);
+    const Floats size = magnitude(x), sum{sums_of_four(x.low), sums_of_four(x.high)};
+    return (Floats{sums_of_four(size.low), sums_of_four(size.high)} + magnitude(sum)) * all(0.5f);
 }
 
 #endif
