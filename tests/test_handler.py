@@ -291,10 +291,13 @@ def test_when_all_clients_leave_at_once_their_slots_are_free_soon_and_the_next_c
     for _ in range(SLOTS):
         frontend.post(LONG)
     frontend.round()
-    frontend.metrics.told.clear()
     frontend.jobs.clear()  # the frontend calls no more
     wait_until(lambda: free(frontend) == SLOTS, 2.0)
-    wait_until(lambda: ("llama_requests_running", 0) in [told[:2] for told in frontend.metrics.told])
+
+    def told(name: str) -> float | None:  # last, however late we look
+        return {each[0]: each[1] for each in list(frontend.metrics.told)}.get(name)
+
+    wait_until(lambda: told("llama_requests_running") == told("llama_requests_waiting") == 0)
     time.sleep(0.6)
     frontend.metrics.told.clear()
     frontend.run(frontend.post(FRANCE))
