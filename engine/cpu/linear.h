@@ -185,38 +185,39 @@ static void groups_over(const Matrix& w, const Activations& a, int64_t token, in
 
 #else
 
-// int8 go best with four or five tokens and one panel: so one group of tokens after the other is multiplied by a block of
-// weights while that is in the first cache.
-constexpr int64_t GROUPS = 4, GROUP = 5;
+// Sums of four tokens times a panel are what registers hold of int8: so one group of tokens after the other is multiplied
+// by a block of weights while that is in the first cache.
+constexpr int64_t GROUPS = 8, GROUP = 4;
 
-// `count` tokens in groups of M times panels, P at once. The last group may take tokens of the one before again.
+// `count` tokens in groups of M, the last ones of one less where that comes to them, times panels, P at once.
 template <int M, int P>
 static void groups_over(const Matrix& w, const Activations& a, int64_t token, int64_t count, int64_t first,
                         int64_t last, float* y, int64_t stride, bool add) {
-    constexpr int64_t BYTES = ROUND * PANEL;
-    const int64_t groups = (count + M - 1) / M, between = w.panel_bytes(), part = BYTES / groups, step = 2 * LINE / groups;
+    constexpr int64_t BYTES = ROUND * PANEL, LESS = std::max(M - 1, 1);
+    const int64_t groups = (count + M - 1) / M, full = groups - (groups * M - count);
+    const int64_t between = w.panel_bytes(), part = BYTES / groups, step = 2 * LINE / groups;
+    const auto add_full = groups == 1 ? add_eights<M, P, 2> : add_eights<M, P, 1>;
     int64_t panel = first;
     for (; panel + P <= last; panel += P) {
-        Floats totals[GROUPS][M][P];
-        for (int64_t g = 0; g < groups; g++)
-            for (auto& of_token : totals[g])
-                for (Floats& v : of_token) v = zeros();
+        Floats totals[GROUPS * GROUP][P];
+        for (int64_t m = 0; m < count; m++)
+            for (Floats& v : totals[m]) v = zeros();
         const char* p = w.panel(panel);
         for (int64_t b = 0; b * ROUND < w.columns; b++, p += BYTES) {
             const int8_t* x = a.narrow_at(token, b * ROUND);
             const int64_t place = a.place<INT8>(token, b), columns = std::min(ROUND, w.columns - b * ROUND);
-            for (int64_t g = 0; g < groups; g++) {
-                const int64_t from = std::min(g * M, count - M);
-                add_eights<M, P>(x + from * ROUND, columns, a.offsets + place + from, a.scales + place + from, p, between,
-                                 p + 2 * BYTES + part * g, step, totals[g]);
-            }
+            const int32_t* offsets = a.offsets + place;
+            const float* scales = a.scales + place;
+            const char* next = p + 2 * BYTES;
+            add_full(full, x, columns, offsets, scales, p, between, next, part, step, totals);
+            if (const int64_t m = full * M; m < count)
+                add_eights<LESS, P, 1>(groups - full, x + m * ROUND, columns, offsets + m, scales + m, p, between,
+                                       next + full * part, part, step, totals + m);
         }
-        for (int64_t g = 0; g < groups; g++) {
-            scale_rows<M, P>(w, panel, totals[g]);
-            const int64_t from = std::min(g * M, count - M);
-            for (int64_t m = g * M - from; m < M; m++)
-                for (int i = 0; i < P; i++)
-                    put(y + (token + from + m) * stride + (panel + i) * PANEL, totals[g][m][i], add);
+        for (int i = 0; i < P; i++) {
+            const Floats scale = load(static_cast<const float*>(w.scales) + (panel + i) * PANEL);
+            for (int64_t m = 0; m < count; m++)
+                put(y + (token + m) * stride + (panel + i) * PANEL, totals[m][i] * scale, add);
         }
     }
     if constexpr (P > 1)
@@ -232,8 +233,7 @@ static void int8_of(const Matrix& w, const Activations& a, int64_t tokens, int64
             case 1: groups_over<1, 4>(w, a, token, count, first, last, y, stride, add); break;
             case 2: groups_over<2, 2>(w, a, token, count, first, last, y, stride, add); break;
             case 3: groups_over<3, 1>(w, a, token, count, first, last, y, stride, add); break;
-            case 4: groups_over<4, 1>(w, a, token, count, first, last, y, stride, add); break;
-            default: groups_over<5, 1>(w, a, token, count, first, last, y, stride, add);
+            default: groups_over<4, 1>(w, a, token, count, first, last, y, stride, add);
         }
         token += count;
     }

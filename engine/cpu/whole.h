@@ -71,16 +71,21 @@ struct Four {
 
 // Written as instructions, because GCC moves additions of whole numbers behind all products and runs out of registers.
 static inline void add16(__m256i& sum, __m256i v) { asm("vpaddw %1, %0, %0" : "+x"(sum) : "x"(v)); }
-// Eight columns of a token times eight rows: sums of four products are 16 bits wide, for activations beside int8 are
-// rounded so that they fit.
-static inline void add_eight(__m256i& sum, __m256i first, __m256i second, const int8_t* x) {
-    __m256i v, w;
+// Eight columns of a token times sixteen rows: `first` are the first four columns of the low and of the high rows, behind
+// which the other four lie in `second` and at `high`, for registers are too few. Sums of four products are 16 bits wide,
+// as activations beside int8 are rounded so that they fit.
+static inline void add_eight(__m256i (&sums)[2], const __m256i (&first)[2], __m256i second, const __m256i& high,
+                             const int8_t* x) {
+    __m256i a, b, c, d;
     asm volatile(
-        "vpbroadcastd %3, %0\n\tvpbroadcastd %4, %1\n\tvpmaddubsw %0, %5, %0\n\tvpmaddubsw %1, %6, %1\n\t"
-        "vpaddw %0, %1, %0\n\tvpmaddwd %0, %7, %0\n\tvpaddd %0, %2, %2"
-        : "=&x"(v), "=&x"(w), "+x"(sum)
-        : "m"(*reinterpret_cast<const int8_t(*)[4]>(x)), "m"(*reinterpret_cast<const int8_t(*)[4]>(x + 4)), "x"(first),
-          "x"(second), "x"(_mm256_set1_epi16(1)));
+        "vpbroadcastd %6, %0\n\tvpbroadcastd %7, %1\n\t"
+        "vpmaddubsw %0, %8, %2\n\tvpmaddubsw %1, %10, %3\n\tvpaddw %2, %3, %2\n\tvpmaddwd %2, %12, %2\n\t"
+        "vpaddd %2, %4, %4\n\tvmovdqu %11, %3\n\t"
+        "vpmaddubsw %0, %9, %0\n\tvpmaddubsw %1, %3, %1\n\tvpaddw %0, %1, %0\n\tvpmaddwd %0, %12, %0\n\t"
+        "vpaddd %0, %5, %5"
+        : "=&x"(a), "=&x"(b), "=&x"(c), "=&x"(d), "+x"(sums[0]), "+x"(sums[1])
+        : "m"(*reinterpret_cast<const int8_t(*)[4]>(x)), "m"(*reinterpret_cast<const int8_t(*)[4]>(x + 4)),
+          "x"(first[0]), "x"(first[1]), "x"(second), "m"(high), "x"(_mm256_set1_epi16(1)));
 }
 
 template <int KIND>
@@ -272,32 +277,34 @@ static void whole_tile(const Matrix& w, const Activations& a, int64_t token, int
 
 #ifndef WIDE
 
-// Adds what one block of int8 weights, at `p` and `between` bytes further for each of P panels, comes to with M tokens,
-// ROUND bytes apart. Meanwhile what lies at `next` is asked for, and what lies `step` bytes further for every eight
-// columns. A function of its own, for GCC keeps the sums of a larger one in memory.
-template <int M, int P>
-[[gnu::noinline]] static void add_eights(const int8_t* x, int64_t columns, const int32_t* offsets,
-                                         const float* scales, const char* p, int64_t between, const char* next,
-                                         int64_t step, Floats (&totals)[M][P]) {
-    __m256i sums[M][2 * P];
-    UNROLL for (int m = 0; m < M; m++)
-        UNROLL for (int i = 0; i < 2 * P; i++) sums[m][i] = _mm256_set1_epi32(offsets[m]);
-    for (const int8_t* const end = x + columns; x < end; x += 8, p += 8 * PANEL, next += step) {
-        UNROLL for (int i = 0; i < P; i++) {
-            _mm_prefetch(next + i * between, _MM_HINT_T0);
-            _mm_prefetch(next + i * between + step / 2, _MM_HINT_T0);
-        }
-        UNROLL for (int i = 0; i < 2 * P; i++) {
-            const __m256i* const at = reinterpret_cast<const __m256i*>(p + i / 2 * between) + i % 2;
-            const __m256i first = _mm256_loadu_si256(at), second = _mm256_loadu_si256(at + 2);
-            UNROLL for (int m = 0; m < M; m++) add_eight(sums[m][i], first, second, x + m * ROUND);
-        }
-    }
-    UNROLL for (int m = 0; m < M; m++) {
-        const Floats factor = all(scales[m]);
-        UNROLL for (int i = 0; i < P; i++) {
-            const Floats sum{_mm256_cvtepi32_ps(sums[m][2 * i]), _mm256_cvtepi32_ps(sums[m][2 * i + 1])};
-            totals[m][i] = fused(sum, factor, totals[m][i]);
+// Adds what one block of int8 weights, at `weights` and `between` bytes further for each of P panels, comes to with
+// `groups` of M tokens, which lie ROUND bytes apart. Meanwhile LINES lines of each panel from `next` on are asked for with
+// every eight columns, the next ones `step` bytes further, and `part` bytes further for the next group. A function of its
+// own, for GCC keeps the sums of a larger one in memory.
+template <int M, int P, int LINES>
+[[gnu::noinline]] static void add_eights(int64_t groups, const int8_t* tokens, int64_t columns, const int32_t* offsets,
+                                         const float* scales, const char* weights, int64_t between, const char* next,
+                                         int64_t part, int64_t step, Floats (*totals)[P]) {
+    for (; groups > 0; groups--, tokens += M * ROUND, offsets += M, scales += M, next += part, totals += M) {
+        __m256i sums[M][P][2];
+        UNROLL for (int m = 0; m < M; m++)
+            UNROLL for (int i = 0; i < P; i++) sums[m][i][0] = sums[m][i][1] = _mm256_set1_epi32(offsets[m]);
+        const char *p = weights, *n = next;
+        for (const int8_t *x = tokens, *end = x + columns; x < end; x += 8, p += 8 * PANEL, n += step)
+            UNROLL for (int i = 0; i < P; i++) {
+                UNROLL for (int line = 0; line < LINES; line++)
+                    _mm_prefetch(n + i * between + line * LINE, _MM_HINT_T0);
+                const __m256i* const at = reinterpret_cast<const __m256i*>(p + i * between);
+                const __m256i first[] = {_mm256_loadu_si256(at), _mm256_loadu_si256(at + 1)};
+                const __m256i second = _mm256_loadu_si256(at + 2);
+                UNROLL for (int m = 0; m < M; m++) add_eight(sums[m][i], first, second, at[3], x + m * ROUND);
+            }
+        UNROLL for (int m = 0; m < M; m++) {
+            const Floats factor = all(scales[m]);
+            UNROLL for (int i = 0; i < P; i++) {
+                const Floats sum{_mm256_cvtepi32_ps(sums[m][i][0]), _mm256_cvtepi32_ps(sums[m][i][1])};
+                totals[m][i] = fused(sum, factor, totals[m][i]);
+            }
         }
     }
 }
