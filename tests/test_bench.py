@@ -389,18 +389,46 @@ def test_a_ratio_is_the_median_of_its_rounds():
 
 def test_transformers_is_compared_as_whichever_is_faster():
     found = comparison()
-    for who, rate in (("engine", 12.0), ("transformers", 4.0), ("transformers, compiled", 6.0)):
+    for who, rate in (("engine", 12.0), ("llama.cpp", 9.0), ("transformers", 4.0), ("transformers, compiled", 6.0)):
         found.add("decode b8 bf16", who, rate)
     assert found.ratios()["decode_b8_bf16_vs_hf"] == 2.0
 
 
+def test_transformers_computes_in_float32_where_bfloat16_would_take_too_long(capsys, monkeypatch):
+    found, started = comparison("hf"), []
+
+    class Peer(contextlib.nullcontext):
+        def __init__(self, *how):
+            super().__init__(self)
+            self.name, self.run = "transformers", lambda *_: None
+            started.append(how)
+
+    monkeypatch.setattr(bench_peers, "Transformers", Peer)
+    with contextlib.ExitStack() as stack:
+        found._transformers(stack, replace(MACHINE, product_flops={"float32": 1e12, "bfloat16": 1e12}))
+        assert {dtype for *_, dtype in started} == {"bfloat16"} and not found.notes
+        started.clear()
+        found._transformers(stack, replace(MACHINE, product_flops={"float32": 1e12, "bfloat16": 1e3}))
+    assert {dtype for *_, dtype in started} == {"float32"}
+    assert "has the same weights in float32: PyTorch computes bfloat16 at 1e-06" in capsys.readouterr().err
+
+
 def test_transformers_is_left_out_where_its_prompts_alone_would_take_too_long(capsys):
     found = comparison("hf")
-    slow = replace(MACHINE, product_flops={"float32": 1e11, "bfloat16": 1e3})
+    slow = replace(MACHINE, product_flops={"float32": 1e3, "bfloat16": 1e3})
     with contextlib.ExitStack() as stack:
         assert found._transformers(stack, slow) == []
     assert "PyTorch computes bfloat16 at 1e-06 GFLOP/s on this CPU" in capsys.readouterr().err
-    assert found.notes["transformers"].startswith("left out: PyTorch computes bfloat16")
+    assert found.notes["transformers"].startswith("is left out: PyTorch computes bfloat16")
+
+
+def test_transformers_is_left_out_where_it_would_not_fit_into_memory(capsys, monkeypatch):
+    found = comparison("hf")
+    monkeypatch.setattr(bench_peers, "available_memory", lambda device: 1 << 20)
+    with contextlib.ExitStack() as stack:
+        assert found._transformers(stack, replace(MACHINE, product_flops={"float32": 1e12, "bfloat16": 1e12})) == []
+    assert "is left out: bfloat16 needs" in capsys.readouterr().err
+    assert "float32 needs" in found.notes["transformers"] and "0.0 are available" in found.notes["transformers"]
 
 
 def test_what_was_measured_before_an_error_is_kept(tmp_path, monkeypatch, capsys):
@@ -453,6 +481,12 @@ def test_a_program_that_fails_is_named_with_its_last_words(tmp_path):
 def test_transformers_gives_the_time_of_every_step():
     times = Generation(make_model("tiny"), compiled=False).run(2, 8, 4)
     assert len(times["decode_s"]) == 3 and times["first_token_s"] > 0
+
+
+def test_transformers_in_float32_has_the_weights_of_bfloat16():
+    wide, narrow = make_model("tiny", "float32").state_dict(), make_model("tiny").state_dict()
+    assert all(v.dtype == torch.float32 and torch.equal(v.bfloat16(), narrow[name]) for name, v in wide.items())
+    assert all(torch.equal(v, v.bfloat16().float()) for v in wide.values())
 
 
 def test_a_peer_in_a_process_of_its_own_answers_line_by_line_and_says_why_it_ended(tmp_path, monkeypatch):

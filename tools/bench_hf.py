@@ -3,7 +3,8 @@
 echo '{"batch": 8, "prompt": 64, "tokens": 16}' | python -m tools.bench_hf --shape 1.1B --threads 2
 
 tools.bench_peers starts it beside the engine. With --compiled a decode step is compiled by torch.compile, over a static
-cache; the first run of each batch size then takes minutes.
+cache; the first run of each batch size then takes minutes. With --dtype float32 it has the same weights, widened: that
+is how it is run where PyTorch's products in bfloat16 are slow.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ from deploy.configuration import PROJECT
 from tools.bench_engine import model_args
 from tools.random_checkpoint import SHAPES
 
+NAME = "transformers"
+DTYPES = {"bfloat16": "bf16", "float32": "f32"}  # and what tools.bench calls their weights
+
 
 class TransformersError(RuntimeError):
     """The program ended; the message says with what."""
@@ -36,9 +40,10 @@ class TransformersError(RuntimeError):
 class Transformers:
     """The program of this file as a process of its own, for the time of a block."""
 
-    def __init__(self, shape: str, threads: int, compiled: bool = False) -> None:
-        self.name = "transformers, compiled" if compiled else "transformers"
+    def __init__(self, shape: str, threads: int, compiled: bool = False, dtype: str = "bfloat16") -> None:
+        self.name = NAME + (f", {dtype}" if dtype != "bfloat16" else "") + (", compiled" if compiled else "")
         command = [sys.executable, "-m", "tools.bench_hf", "--shape", shape, "--threads", str(threads)]
+        command += ["--dtype", dtype]
         command += ["--compiled"] if compiled else []
         # Only its answers are of interest: warnings of its libraries would stand among the figures.
         self._said = tempfile.TemporaryFile()
@@ -81,8 +86,8 @@ class Transformers:
         return json.loads(answer)
 
 
-def make_model(shape: str) -> torch.nn.Module:
-    """A model of the given shape in bfloat16."""
+def make_model(shape: str, dtype: str = "bfloat16") -> torch.nn.Module:
+    """A model of the given shape, whose weights are bfloat16's whatever it computes in."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     args = model_args(shape)
@@ -96,7 +101,7 @@ def make_model(shape: str) -> torch.nn.Module:
         max_position_embeddings=args.max_seq_len,
     )
     torch.manual_seed(0)
-    return LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
+    return LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).to(getattr(torch, dtype)).eval()
 
 
 class Generation:
@@ -142,9 +147,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--shape", choices=list(SHAPES), default="1.1B", help="model size (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--compiled", action="store_true", help="compile the decode step")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16", help="(default: %(default)s)")
     flags = parser.parse_args(argv)
     torch.set_num_threads(flags.threads)
-    generation = Generation(make_model(flags.shape), flags.compiled)
+    generation = Generation(make_model(flags.shape, flags.dtype), flags.compiled)
     for line in sys.stdin:
         print(json.dumps(generation.run(**json.loads(line))), flush=True)
     return 0

@@ -30,7 +30,7 @@ from engine.loader import available_memory
 from tools import peers
 from tools.bench import add_common, check_threads
 from tools.bench_engine import EngineBench, Run, costs, model_args, random_engine, settings
-from tools.bench_hf import Transformers, TransformersError
+from tools.bench_hf import DTYPES, NAME, Transformers, TransformersError
 from tools.bench_llamacpp import LlamaCpp
 from tools.bench_load import LoadError, Target
 from tools.bench_machine import Machine, measure_machine
@@ -139,18 +139,33 @@ class Comparison:
         return bench
 
     def _transformers(self, stack: contextlib.ExitStack, machine: Machine) -> list[Transformers]:
-        """As it comes and compiled, those of both that work; the first run of each is for its compiler."""
-        flops = HF_BATCH * costs(self.flags.shape, "bf16", HF_BATCH, PROMPT + TOKENS).flops(PROMPT)
-        rate = machine.product_flops["bfloat16"]
-        if flops / rate > HF_TAKES_S:
-            why = f"PyTorch computes bfloat16 at {rate / 1e9:.2g} GFLOP/s on this CPU, so that {HF_BATCH} prompts of "
-            why += f"{PROMPT} tokens alone would take {flops / rate / 60:.0f} minutes"
-            print(f"bench: transformers is left out: {why}", file=sys.stderr, flush=True)
-            self.notes["transformers"] = f"left out: {why}"
-            return []
+        """As it comes and compiled, those of both that work; the first run of each is for its compiler.
+
+        In bfloat16 as the engine, or where PyTorch is too slow at that in float32, which then is what its users choose.
+        """
+        programs = (False, True) if self.flags.compile else (False,)
+        reasons = []
+        for dtype, kind in DTYPES.items():
+            one = costs(self.flags.shape, kind, HF_BATCH, PROMPT + TOKENS)
+            rate, needed = machine.product_flops[dtype], len(programs) * one.memory
+            takes_s, there = HF_BATCH * one.flops(PROMPT) / rate, available_memory("cpu")
+            if takes_s > HF_TAKES_S:
+                why = f"PyTorch computes {dtype} at {rate / 1e9:.2g} GFLOP/s on this CPU, so that {HF_BATCH} prompts "
+                reasons.append(why + f"of {PROMPT} tokens alone would take {takes_s / 60:.0f} minutes")
+            elif needed > there:
+                reasons.append(f"{dtype} needs {needed / 2**30:.1f} GiB of memory, {there / 2**30:.1f} are available")
+            else:
+                break
+        if reasons:
+            left_out = len(reasons) == len(DTYPES)
+            said = ("is left out: " if left_out else f"has the same weights in {dtype}: ") + "; ".join(reasons)
+            print(f"bench: {NAME} {said}", file=sys.stderr, flush=True)
+            self.notes[NAME] = said
+            if left_out:
+                return []
         found = []
-        for compiled in (False, True) if self.flags.compile else (False,):
-            program = stack.enter_context(Transformers(self.flags.shape, self.flags.threads, compiled))
+        for compiled in programs:
+            program = stack.enter_context(Transformers(self.flags.shape, self.flags.threads, compiled, dtype))
             print(f"bench: starting {program.name}", file=sys.stderr, flush=True)
             try:
                 program.run(HF_BATCH, PROMPT, TOKENS)
@@ -225,8 +240,8 @@ class Comparison:
         decode = f"decode b{HF_BATCH} bf16"
         best = [
             ratio
-            for who in ("transformers", "transformers, compiled")
-            if (ratio := self.ratio(decode, "engine", who)) is not None
+            for who in self.rates.get(decode, {})
+            if who.startswith(NAME) and (ratio := self.ratio(decode, "engine", who)) is not None
         ]
         found[f"decode_b{HF_BATCH}_bf16_vs_hf"] = min(best, default=None)
         streams = f"{STREAMS} streams"
