@@ -176,36 +176,66 @@ def test_quantized_weights_give_the_logits_of_the_numbers_that_they_stand_for(na
         kept = weight.dim() == 1 or (each.startswith("tok_embeddings") and not args.tie_embeddings)
         wanted = SCHEMES["int8"] if each.startswith(("output", "tok_embeddings")) else chosen
         rounded[each] = weight if kept or not wanted.fits(weight.shape[1]) else wanted.quantize(weight).dequantize()
-    # What activations of eight bits or a little less leave, with a scale for every 128 or 32.
-    assert difference(logits_of(runner, args), reference(args, rounded)) <= 4e-2
+    # What activations of eight bits, or of less beside few columns, leave, with a scale for every 128 or 32.
+    assert difference(logits_of(runner, args), reference(args, rounded)) <= 5e-2
 
 
-def int8_scales(blocks: torch.Tensor, cpu: str) -> torch.Tensor:
-    """Of blocks (tokens, blocks, 128): without dot products of bytes, sums of four must fit 16 bits."""
+def int8_scales(blocks: torch.Tensor, numbers: torch.Tensor, cpu: str) -> torch.Tensor:
+    """Of blocks (tokens, blocks, 128) beside int8 weights: without dot products of bytes, sums must fit 16 bits."""
+    largest = blocks.abs().amax(2, keepdim=True).clamp(min=1e-30)
     if cpu != "AVX2":
-        return blocks.abs().amax(2, keepdim=True) / 127
-    fours = blocks.unflatten(2, (-1, 2, 2, 2)).transpose(3, 4).flatten(4)
-    return torch.maximum(fours.clamp(min=0).sum(4), (-fours).clamp(min=0).sum(4)).amax((2, 3)).unsqueeze(2) / 126
+        return largest / 127
+    pairs = blocks.unflatten(2, (-1, 2)).sum(3).abs().amax(2, keepdim=True)
+    scales = torch.maximum(largest, pairs) / 127
+    room = 32767 / chains(numbers.float()).norm(dim=-1).amax(0) - 2.01  # rounding sixteen by half a step adds two
+    return scales * (chains(blocks / scales).norm(dim=-1) / room).amax(2, keepdim=True).clamp(min=1)
+
+
+def chains(x: torch.Tensor) -> torch.Tensor:
+    """The sixteens of columns (.., 128) whose products are added in 16 bits: (.., 8, 16)."""
+    return x.unflatten(-1, (4, 8, 2, 2)).transpose(-3, -2).flatten(-2).flatten(-3, -2)
+
+
+def check_one_product(cpu: str, weights: dict[str, torch.Tensor], args: ModelArgs, tokens: list[int]) -> None:
+    """To the last bit of an activation: what is left of a model whose layers add nothing is one product."""
+    for name in weights:
+        if name.endswith(("wo.weight", "w2.weight")):
+            weights[name] = torch.zeros_like(weights[name])
+    runner = CpuRunner(model_of(args, weights), limits(quantization="int8"))
+    logits = runner.run(StepPlan((Segment(0, 0, tuple(tokens), len(tokens)),)))
+
+    x = F.rms_norm(weights["tok_embeddings.weight"][tokens], (args.dim,), weights["norm.weight"], args.norm_eps)
+    blocks = F.pad(x, (0, 256 - args.dim)).unflatten(1, (2, 128))
+    output = SCHEMES["int8"].quantize(weights["output.weight"])
+    scales = int8_scales(blocks, F.pad(output.numbers, (0, 256 - args.dim)).unflatten(1, (2, 128)), cpu)
+    rounded = (blocks / scales).round() * scales
+    assert difference(logits, rounded.flatten(1)[:, : args.dim] @ output.dequantize().T) <= 1e-5
+
+
+ONE_PRODUCT = ModelArgs(dim=200, n_layers=1, n_heads=2, vocab_size=77, ffn_hidden_dim=64, max_seq_len=LENGTH)
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 8, 16, 23, 40])
 def test_products_with_int8_are_those_of_whole_numbers(cpu: str, count: int) -> None:
-    """To the last bit of an activation: what is left of a model whose layers add nothing is one product."""
-    args = ModelArgs(dim=200, n_layers=1, n_heads=2, vocab_size=77, ffn_hidden_dim=64, max_seq_len=LENGTH)
-    weights = weights_of(args, torch.float32)
-    for name in weights:
-        if name.endswith(("wo.weight", "w2.weight")):
-            weights[name] = torch.zeros_like(weights[name])
-    tokens = tokens_of(args)[0][:count]
-    runner = CpuRunner(model_of(args, weights), limits(quantization="int8"))
-    logits = runner.run(StepPlan((Segment(0, 0, tuple(tokens), count),)))
+    tokens = tokens_of(ONE_PRODUCT)[0][:count]
+    check_one_product(cpu, weights_of(ONE_PRODUCT, torch.float32), ONE_PRODUCT, tokens)
 
-    x = F.rms_norm(weights["tok_embeddings.weight"][tokens], (args.dim,), weights["norm.weight"], args.norm_eps)
-    blocks = F.pad(x, (0, 256 - args.dim)).unflatten(1, (2, 128))
-    scales = int8_scales(blocks, cpu)
-    rounded = (blocks / scales).round() * scales
-    expected = rounded.flatten(1)[:, : args.dim] @ SCHEMES["int8"].quantize(weights["output.weight"]).dequantize().T
-    assert difference(logits, expected) <= 1e-5
+
+@pytest.mark.parametrize("pattern", ["equal", "alike", "two neighbours", "one"])
+def test_products_with_int8_fit_whatever_the_weights_are(cpu: str, pattern: str) -> None:
+    """Rows of weights that are the activations themselves come to as much as rows of their size can."""
+    args, weights = ONE_PRODUCT, weights_of(ONE_PRODUCT, torch.float32)
+    rows = weights["tok_embeddings.weight"]
+    if pattern == "equal":
+        rows = torch.full_like(rows, 0.3)
+    elif pattern == "two neighbours":
+        rows = F.pad(torch.tensor([1.0, 0.9]), (6, args.dim - 8)).expand_as(rows)
+    elif pattern == "one":
+        rows = F.pad(torch.ones(1), (7, args.dim - 8)).expand_as(rows)
+    signs = torch.tensor([1.0, -1.0]).repeat(len(rows))[: len(rows), None]
+    weights["tok_embeddings.weight"] = weights["output.weight"] = rows * signs
+    weights["norm.weight"] = torch.ones(args.dim)
+    check_one_product(cpu, weights, args, list(range(12)))
 
 
 @pytest.mark.usefixtures("cpu")
@@ -355,7 +385,7 @@ def test_large_activations_and_long_rows_do_not_overflow_whole_numbers() -> None
     plan = StepPlan((Segment(0, 0, (1, 2, 3), 3),))
     expected = Runner(model_of(args, weights), limits(), "cpu", 1).run(plan)
     runner = CpuRunner(model_of(args, weights), limits(quantization="int8"))
-    assert difference(runner.run(plan), expected) <= 2e-2  # of four equal ones, each is 31.5 steps
+    assert difference(runner.run(plan), expected) <= 2e-2  # where sums have 16 bits, each is 15.6 steps
 
 
 def test_tiny_activations_become_nothing_but_no_large_numbers() -> None:

@@ -16,8 +16,8 @@ static inline void prepare(const Activations& a, int64_t token, const Matrix& w)
     float* x = a.values + token * a.stride;
     // What another matrix left behind the last column.
     std::memset(x + w.columns, 0, (padded(w.columns) - w.columns) * sizeof(float));
-    if (w.kind == INT8) narrow_activations<INT8>(a, token, w.columns);
-    if (w.kind == INT4) narrow_activations<INT4>(a, token, w.columns);
+    if (w.kind == INT8) narrow_activations<INT8>(a, token, w);
+    if (w.kind == INT4) narrow_activations<INT4>(a, token, w);
 #ifdef PAIRS
     if (w.kind == BFLOAT16)
         for (int64_t i = 0; i < padded(w.columns); i += LANES)
@@ -185,7 +185,7 @@ static void groups_over(const Matrix& w, const Activations& a, int64_t token, in
 
 #else
 
-// Sums of four tokens times a panel are what registers hold of int8: so one group of tokens after the other is multiplied
+// Chains of four tokens times a panel are what registers hold of int8: so one group of tokens after the other is multiplied
 // by a block of weights while that is in the first cache.
 constexpr int64_t GROUPS = 8, GROUP = 4;
 
@@ -193,7 +193,7 @@ constexpr int64_t GROUPS = 8, GROUP = 4;
 template <int M, int P>
 static void groups_over(const Matrix& w, const Activations& a, int64_t token, int64_t count, int64_t first,
                         int64_t last, float* y, int64_t stride, bool add) {
-    constexpr int64_t BYTES = ROUND * PANEL, LESS = std::max(M - 1, 1);
+    constexpr int64_t BYTES = ROUND * PANEL, RUNS = ROUND / BLOCK, LESS = std::max(M - 1, 1);
     const int64_t groups = (count + M - 1) / M, full = groups - (groups * M - count);
     const int64_t between = w.panel_bytes(), part = BYTES / groups, step = 2 * LINE / groups;
     const auto add_full = groups == 1 ? add_eights<M, P, 2> : add_eights<M, P, 1>;
@@ -206,12 +206,12 @@ static void groups_over(const Matrix& w, const Activations& a, int64_t token, in
         for (int64_t b = 0; b * ROUND < w.columns; b++, p += BYTES) {
             const int8_t* x = a.narrow_at(token, b * ROUND);
             const int64_t place = a.place<INT8>(token, b), columns = std::min(ROUND, w.columns - b * ROUND);
-            const int32_t* offsets = a.offsets + place;
+            const int32_t* offsets = a.offsets + place * RUNS;
             const float* scales = a.scales + place;
             const char* next = p + 2 * BYTES;
             add_full(full, x, columns, offsets, scales, p, between, next, part, step, totals);
             if (const int64_t m = full * M; m < count)
-                add_eights<LESS, P, 1>(groups - full, x + m * ROUND, columns, offsets + m, scales + m, p, between,
+                add_eights<LESS, P, 1>(groups - full, x + m * ROUND, columns, offsets + m * RUNS, scales + m, p, between,
                                        next + full * part, part, step, totals + m);
         }
         for (int i = 0; i < P; i++) {

@@ -86,6 +86,7 @@ class Model {
         samplers_.resize(shape.threads);
         scratch_.resize(shape.threads);
         for (auto& scratch : scratch_) scratch.fit(shape.positions, shape.heads / shape.kv_heads, shape.width);
+        if constexpr (CHAINED<INT8>) measure();
     }
 
     // Stage 0 is the embedding, 1 + 2 l and 2 + 2 l are the halves of layer l, the last one makes the logits.
@@ -116,6 +117,29 @@ class Model {
     }
 
    private:
+    // What activations must fit, for each matrix whose products are added in 16 bits.
+    void measure() {
+        std::vector<Matrix*> matrices;
+        for (Layer& layer : layers_)
+            for (Matrix* w : {&layer.qkv, &layer.wo, &layer.gate_up, &layer.w2}) matrices.push_back(w);
+        matrices.push_back(&weights_.output);
+        std::erase_if(matrices, [](const Matrix* w) { return w->kind != INT8; });
+        tightness_.resize(matrices.size());
+        for (size_t i = 0; i < matrices.size(); i++) {
+            tightness_[i].fit(padded(matrices[i]->columns) / BLOCK * sizeof(float[2]));
+            matrices[i]->tightness = tightness_[i].as<float[2]>();
+        }
+        team_.run([&](int) {
+            int phase = 0;
+            for (size_t i = 0; i < matrices.size(); i++) {
+                const Matrix& w = *matrices[i];
+                team_.share(phase, w.panel_bytes() / (PANEL * BLOCK), 8, [&](int64_t first, int64_t last) {
+                    measure_chains(w, first, last, tightness_[i].as<float[2]>());
+                });
+            }
+        });
+    }
+
     Activations activations(int64_t columns, int64_t tokens) {
         return {values_.as<float>(), pairs_.as<uint16_t>(), narrow_.as<int8_t>(), scales_.as<float>(),
                 offsets_.as<int32_t>(), stride_of(columns), tokens};
@@ -304,11 +328,12 @@ class Model {
     }
 
     const Shape shape_;
-    const Weights weights_;
-    const std::vector<Layer> layers_;
+    Weights weights_;
+    std::vector<Layer> layers_;
     Team team_;
     int64_t qkv_stride_, gate_stride_, residual_stride_;
     Buffer residual_, qkv_, gate_, values_, pairs_, narrow_, scales_, offsets_;
+    std::vector<Buffer> tightness_;
     std::vector<Scratch> scratch_;
     std::vector<Sampler> samplers_;
 };

@@ -52,6 +52,7 @@ struct Matrix {
     int64_t columns;
     const void* data;
     const void* scales;
+    const float (*tightness)[2];  // int8 with AVX2 alone: see whole.h
 
     int64_t panels() const { return (rows + PANEL - 1) / PANEL; }
     const char* panel(int64_t number) const { return static_cast<const char*>(data) + number * panel_bytes(); }
@@ -73,7 +74,9 @@ struct Activations {
     uint16_t* pairs;   // [token][stride], for bfloat16 weights
     int8_t* narrow;    // for weights of whole numbers
     float* scales;     // one for every block of them: [block][token], or [token][stride / block]
-    int32_t* offsets;  // the same: what a block's sum begins with, as the weights' form makes it wrong by so much
+    // The same, as the weights' form makes a block's sum wrong by so much: what it begins with, or with CHAINED<KIND>, for
+    // every 32 columns, what the two chains begin with.
+    int32_t* offsets;
     int64_t stride;
     int64_t tokens;
 

@@ -32,6 +32,7 @@ class _Matrix(Structure):
         ("columns", c_int64),
         ("data", c_void_p),
         ("scales", c_void_p),
+        ("tightness", c_void_p),  # the kernels fill it in
     ]
 
 

@@ -71,21 +71,19 @@ struct Four {
 
 // Written as instructions, because GCC moves additions of whole numbers behind all products and runs out of registers.
 static inline void add16(__m256i& sum, __m256i v) { asm("vpaddw %1, %0, %0" : "+x"(sum) : "x"(v)); }
-// Eight columns of a token times sixteen rows: `first` are the first four columns of the low and of the high rows, behind
-// which the other four lie in `second` and at `high`, for registers are too few. Sums of four products are 16 bits wide,
-// as activations beside int8 are rounded so that they fit.
-static inline void add_eight(__m256i (&sums)[2], const __m256i (&first)[2], __m256i second, const __m256i& high,
+// Eight columns of a token times sixteen rows, added to the chains of the low and of the high rows: `first` are four
+// columns of these rows, `second` the other four.
+static inline void add_eight(__m256i (&chains)[2], const __m256i (&first)[2], const __m256i (&second)[2],
                              const int8_t* x) {
-    __m256i a, b, c, d;
+    __m256i a, b;
     asm volatile(
-        "vpbroadcastd %6, %0\n\tvpbroadcastd %7, %1\n\t"
-        "vpmaddubsw %0, %8, %2\n\tvpmaddubsw %1, %10, %3\n\tvpaddw %2, %3, %2\n\tvpmaddwd %2, %12, %2\n\t"
-        "vpaddd %2, %4, %4\n\tvmovdqu %11, %3\n\t"
-        "vpmaddubsw %0, %9, %0\n\tvpmaddubsw %1, %3, %1\n\tvpaddw %0, %1, %0\n\tvpmaddwd %0, %12, %0\n\t"
-        "vpaddd %0, %5, %5"
-        : "=&x"(a), "=&x"(b), "=&x"(c), "=&x"(d), "+x"(sums[0]), "+x"(sums[1])
+        "vpbroadcastd %4, %0\n\tvpmaddubsw %0, %6, %1\n\tvpmaddubsw %0, %7, %0\n\t"
+        "vpaddw %1, %2, %2\n\tvpaddw %0, %3, %3\n\t"
+        "vpbroadcastd %5, %0\n\tvpmaddubsw %0, %8, %1\n\tvpmaddubsw %0, %9, %0\n\t"
+        "vpaddw %1, %2, %2\n\tvpaddw %0, %3, %3"
+        : "=&x"(a), "=&x"(b), "+x"(chains[0]), "+x"(chains[1])
         : "m"(*reinterpret_cast<const int8_t(*)[4]>(x)), "m"(*reinterpret_cast<const int8_t(*)[4]>(x + 4)),
-          "x"(first[0]), "x"(first[1]), "x"(second), "m"(high), "x"(_mm256_set1_epi16(1)));
+          "x"(first[0]), "x"(first[1]), "x"(second[0]), "x"(second[1]));
 }
 
 template <int KIND>
@@ -126,31 +124,73 @@ static inline Floats total(Dots<KIND> sums, int32_t offset) {
 
 // --- activations ---
 
-// What may not exceed MOST_OF<KIND> when activations are rounded: their sizes.
-template <int KIND>
-constexpr float MOST_OF = 127;
+// What may not exceed 127 when activations are rounded: their sizes.
 template <int KIND>
 static inline Floats sizes(Floats x) {
     return magnitude(x);
 }
 
-#ifndef WIDE
+// Products with int8 are added in 16 bits by AVX2, in chains: of 32 columns sixteen make one, the first two of every four
+// columns, and sixteen the other. Whether sums overflow on the way there does not matter, as what they come to is known to
+// fit: it is at most the norm of a row's weights times that of the activations (Cauchy and Schwarz), which are rounded so.
+#ifdef WIDE
+template <int KIND>
+constexpr bool CHAINED = false;
+#else
+template <int KIND>
+constexpr bool CHAINED = KIND == INT8;
 
-// Or, of each four whose products add_eight() sums in 16 bits, what the positive or what the negative ones come to,
-// whichever is more: with weights of up to 255 it may be 128, to which rounding contributes 2.
-template <>
-constexpr float MOST_OF<INT8> = 126;
-static inline __m256 sums_of_four(__m256 x) {
-    x = _mm256_add_ps(x, _mm256_permute2f128_ps(x, x, 1));
-    return _mm256_add_ps(x, _mm256_permute_ps(x, 0xb1));
-}
+// Nor may two neighbours' sums exceed it, for an instruction adds two products first and cuts off what exceeds 16 bits:
+// beside weights of up to 255, 128 would fit, and rounding contributes 1.
+static inline __m256 sums_of_two(__m256 x) { return _mm256_add_ps(x, _mm256_permute_ps(x, 0xb1)); }
 template <>
 inline Floats sizes<INT8>(Floats x) {
-    const Floats size = magnitude(x), sum{sums_of_four(x.low), sums_of_four(x.high)};
-    return (Floats{sums_of_four(size.low), sums_of_four(size.high)} + magnitude(sum)) * all(0.5f);
+    return larger(magnitude(x), magnitude({sums_of_two(x.low), sums_of_two(x.high)}));
+}
+#endif
+
+// Of 32 columns of all rows, from `run` on to before `last`: 1 by the square of what the norm of a chain's activations
+// may be before they are rounded, which adds at most 2 to it.
+static void measure_chains(const Matrix& w, int64_t run, int64_t last, float (*tightness)[2]) {
+    for (; run < last; run++) {
+        __m256i most = _mm256_setzero_si256();  // of a row's squares, for the two chains in turns
+        for (int64_t panel = 0; panel < w.panels(); panel++) {
+            const char* p = w.panel(panel) + run * BLOCK * PANEL;
+            __m256i sums[4] = {};
+            for (int64_t k = 0; k < BLOCK; k += 4, p += 4 * PANEL)
+                UNROLL for (int i = 0; i < 4; i++) {
+                    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p) + i);
+                    const __m256i v = _mm256_cvtepi8_epi16(_mm_xor_si128(bytes, _mm_set1_epi8(-128)));
+                    sums[i] = _mm256_add_epi32(sums[i], _mm256_madd_epi16(v, v));
+                }
+            UNROLL for (int i = 0; i < 4; i++) most = _mm256_max_epi32(most, sums[i]);
+        }
+        int32_t squares[8];
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(squares), most);
+        for (int i = 0; i < 2; i++) {
+            const int32_t largest = std::max({squares[i], squares[i + 2], squares[i + 4], squares[i + 6]});
+            const float longest = 32767 / std::sqrt(float(largest)) - 2.01f;
+            tightness[run][i] = 1 / (longest * longest);
+        }
+    }
 }
 
-#endif
+// How much longer than it may be is the longest chain of a block's activations, or 1.
+static inline float stretch(const float* x, float factor, const float (*tightness)[2]) {
+    __m128 most = _mm_set1_ps(1);
+    for (int64_t i = 0; i < ROUND; i += BLOCK, tightness++) {
+        __m256 squares = _mm256_setzero_ps();
+        for (int64_t k = i; k < i + BLOCK; k += 8) {
+            const __m256 v = _mm256_mul_ps(_mm256_loadu_ps(x + k), _mm256_set1_ps(factor));
+            squares = _mm256_fmadd_ps(v, v, squares);
+        }
+        const __m128 fours = _mm_add_ps(_mm256_castps256_ps128(squares), _mm256_extractf128_ps(squares, 1));
+        const __m128 chains = _mm_add_ps(fours, _mm_permute_ps(fours, 0xb1));
+        const __m128 each = _mm_castpd_ps(_mm_load_sd(reinterpret_cast<const double*>(tightness)));
+        most = _mm_max_ps(_mm_mul_ps(chains, _mm_unpacklo_ps(each, each)), most);
+    }
+    return std::sqrt(std::max(_mm_cvtss_f32(most), _mm_cvtss_f32(_mm_movehl_ps(most, most))));
+}
 
 // Sixteen of a block, and the sums of what the weights' offset counts for.
 static inline void narrow_sixteen(int8_t* to, Floats x, __m256i& sums) {
@@ -164,9 +204,9 @@ static inline void narrow_sixteen(int8_t* to, Floats x, __m256i& sums) {
 }
 
 template <int KIND>
-static void narrow_activations(const Activations& a, int64_t token, int64_t columns) {
+static void narrow_activations(const Activations& a, int64_t token, const Matrix& w) {
     constexpr int64_t EACH = block_of(KIND);
-    const int64_t blocks = (columns + EACH - 1) / EACH;
+    const int64_t blocks = (w.columns + EACH - 1) / EACH;
     const float* x = a.values + token * a.stride;
     for (int64_t b = 0; b < blocks; b++, x += EACH) {
         int8_t* q = a.narrow_at(token, b * EACH);
@@ -179,14 +219,26 @@ static void narrow_activations(const Activations& a, int64_t token, int64_t colu
         }
         const float largest = largest_of(most);
         const float most_of = largest > 4e-37f ? largest : 0.0f;  // below, the factor would be infinite
-        const Floats factor = all(most_of > 0 ? MOST_OF<KIND> / most_of : 0.0f);
-        __m256i sums = _mm256_setzero_si256();
-        for (int64_t i = 0; i < EACH; i += LANES) narrow_sixteen(q + i, load(x + i) * factor, sums);
-        __m128i s = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
-        s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
-        s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1));
-        a.offsets[place] = -OFFSET<KIND> * _mm_cvtsi128_si32(s);
-        a.scales[place] = most_of / MOST_OF<KIND> + sum_of(none);
+        float scale = most_of / 127, factor = most_of > 0 ? 127 / most_of : 0.0f;
+        if constexpr (CHAINED<KIND>) {
+            const float more = stretch(x, factor, w.tightness + b * EACH / BLOCK);
+            scale *= more;
+            factor /= more;
+        }
+        int32_t offset = 0;
+        for (int64_t i = 0; i < EACH; i += BLOCK) {
+            __m256i sums = _mm256_setzero_si256();
+            for (int64_t k = i; k < i + BLOCK; k += LANES) narrow_sixteen(q + k, load(x + k) * all(factor), sums);
+            __m128i s = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
+            s = _mm_mullo_epi32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)), _mm_set1_epi32(-OFFSET<KIND>));
+            const int32_t first = _mm_cvtsi128_si32(s), second = _mm_extract_epi32(s, 2);
+            if constexpr (CHAINED<KIND>)  // what the two chains begin with
+                a.offsets[EACH / BLOCK * place + i / BLOCK] = int32_t(uint32_t(second) << 16 | (first & 0xffff));
+            else
+                offset += first + second;
+        }
+        if constexpr (!CHAINED<KIND>) a.offsets[place] = offset;
+        a.scales[place] = scale + sum_of(none);
     }
 }
 
@@ -280,25 +332,36 @@ static void whole_tile(const Matrix& w, const Activations& a, int64_t token, int
 // Adds what one block of int8 weights, at `weights` and `between` bytes further for each of P panels, comes to with
 // `groups` of M tokens, which lie ROUND bytes apart. Meanwhile LINES lines of each panel from `next` on are asked for with
 // every eight columns, the next ones `step` bytes further, and `part` bytes further for the next group. A function of its
-// own, for GCC keeps the sums of a larger one in memory.
+// own, for GCC keeps the chains of a larger one in memory.
 template <int M, int P, int LINES>
 [[gnu::noinline]] static void add_eights(int64_t groups, const int8_t* tokens, int64_t columns, const int32_t* offsets,
                                          const float* scales, const char* weights, int64_t between, const char* next,
                                          int64_t part, int64_t step, Floats (*totals)[P]) {
-    for (; groups > 0; groups--, tokens += M * ROUND, offsets += M, scales += M, next += part, totals += M) {
-        __m256i sums[M][P][2];
-        UNROLL for (int m = 0; m < M; m++)
-            UNROLL for (int i = 0; i < P; i++) sums[m][i][0] = sums[m][i][1] = _mm256_set1_epi32(offsets[m]);
+    constexpr int64_t RUNS = ROUND / BLOCK;
+    for (; groups > 0; groups--, tokens += M * ROUND, offsets += M * RUNS, scales += M, next += part, totals += M) {
+        __m256i sums[M][P][2] = {};
         const char *p = weights, *n = next;
-        for (const int8_t *x = tokens, *end = x + columns; x < end; x += 8, p += 8 * PANEL, n += step)
-            UNROLL for (int i = 0; i < P; i++) {
-                UNROLL for (int line = 0; line < LINES; line++)
-                    _mm_prefetch(n + i * between + line * LINE, _MM_HINT_T0);
-                const __m256i* const at = reinterpret_cast<const __m256i*>(p + i * between);
-                const __m256i first[] = {_mm256_loadu_si256(at), _mm256_loadu_si256(at + 1)};
-                const __m256i second = _mm256_loadu_si256(at + 2);
-                UNROLL for (int m = 0; m < M; m++) add_eight(sums[m][i], first, second, at[3], x + m * ROUND);
-            }
+        const int32_t* offset = offsets;
+        for (const int8_t *x = tokens, *end = x + columns; x < end; offset++) {
+            __m256i chains[M][P][2];
+            UNROLL for (int m = 0; m < M; m++)
+                UNROLL for (int i = 0; i < P; i++)
+                    chains[m][i][0] = chains[m][i][1] = _mm256_set1_epi32(offset[m * RUNS]);
+            for (int k = 0; k < BLOCK; k += 8, x += 8, p += 8 * PANEL, n += step)
+                UNROLL for (int i = 0; i < P; i++) {
+                    UNROLL for (int line = 0; line < LINES; line++)
+                        _mm_prefetch(n + i * between + line * LINE, _MM_HINT_T0);
+                    const __m256i* const at = reinterpret_cast<const __m256i*>(p + i * between);
+                    const __m256i first[] = {_mm256_loadu_si256(at), _mm256_loadu_si256(at + 1)};
+                    const __m256i second[] = {_mm256_loadu_si256(at + 2), _mm256_loadu_si256(at + 3)};
+                    UNROLL for (int m = 0; m < M; m++) add_eight(chains[m][i], first, second, x + m * ROUND);
+                }
+            UNROLL for (int m = 0; m < M; m++)
+                UNROLL for (int i = 0; i < P; i++)
+                    UNROLL for (int h = 0; h < 2; h++)
+                        sums[m][i][h] = _mm256_add_epi32(
+                            sums[m][i][h], _mm256_madd_epi16(chains[m][i][h], _mm256_set1_epi16(1)));
+        }
         UNROLL for (int m = 0; m < M; m++) {
             const Floats factor = all(scales[m]);
             UNROLL for (int i = 0; i < P; i++) {
