@@ -202,6 +202,8 @@ static void groups_over(const Matrix& w, const Activations& a, int64_t token, in
         Floats totals[GROUPS * GROUP][P];
         for (int64_t m = 0; m < count; m++)
             for (Floats& v : totals[m]) v = zeros();
+        for (int64_t m = 0; m < count; m++)
+            for (int i = 0; i < P; i++) written_soon(y + (token + m) * stride + (panel + i) * PANEL);
         const char* p = w.panel(panel);
         for (int64_t b = 0; b * ROUND < w.columns; b++, p += BYTES) {
             const int8_t* x = a.narrow_at(token, b * ROUND);

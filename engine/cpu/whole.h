@@ -347,7 +347,7 @@ template <int M, int P, int LINES>
             UNROLL for (int m = 0; m < M; m++)
                 UNROLL for (int i = 0; i < P; i++)
                     chains[m][i][0] = chains[m][i][1] = _mm256_set1_epi32(offset[m * RUNS]);
-            for (int k = 0; k < BLOCK; k += 8, x += 8, p += 8 * PANEL, n += step)
+            UNROLL for (int k = 0; k < BLOCK; k += 8, x += 8, p += 8 * PANEL, n += step)
                 UNROLL for (int i = 0; i < P; i++) {
                     UNROLL for (int line = 0; line < LINES; line++)
                         _mm_prefetch(n + i * between + line * LINE, _MM_HINT_T0);
