@@ -40,6 +40,9 @@ static inline void ahead(const char* p, const Ahead& said, int64_t line) {
         ahead(p);
 }
 
+// Asks for memory that put() will write to: another core may have it.
+static inline void written_soon(const float* y) { asm volatile("prefetchw %0" ::"m"(*y)); }
+
 static inline void put(float* y, Floats v, bool add) { store(y, add ? load(y) + v : v); }
 
 // One column of sixteen rows, or two where they lie in pairs, times those of a token.

@@ -26,9 +26,6 @@ enum Kind : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, INT8 = 3, INT4 = 4
 
 #define UNROLL _Pragma("GCC unroll 16")
 
-// Asks for memory that will be written: another core may have it.
-static inline void written_soon(const float* p) { asm volatile("prefetchw %0" ::"m"(*p)); }
-
 constexpr int64_t LANES = 16;
 
 #ifdef WIDE
