@@ -70,7 +70,7 @@ static void product_by_tiles(const Word* left, int64_t left_stride, const Word* 
             for (int64_t k = 0; k < steps; k += TILE_SIDE) {
                 const Word* const p = right + k * right_stride + c;
                 multiply_tiles<PAIR>(left + r * left_stride + k, left_stride * 4, more, p, p + TILE_SIDE,
-                                     right_stride * 4);
+                                     right_stride * 4, [] {});
             }
             store_sums(to, more, out_stride * 4);
         }

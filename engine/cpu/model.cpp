@@ -203,8 +203,10 @@ class Model {
 
     void product(int& phase, const Matrix& w, const Activations& a, int64_t tokens, float* y,
                  int64_t stride, bool add) {
-        team_.share(phase, w.panels(), share_of(w, tokens, team_.size()),
-                    [&](int64_t first, int64_t last) { multiply(w, a, tokens, first, last, y, stride, add); });
+        team_.share_ahead(phase, w.panels(), share_of(w, tokens, team_.size()),
+                          [&](int64_t first, int64_t last, const auto& next) {
+                              multiply(w, a, tokens, first, last, y, stride, add, next);
+                          });
     }
 
     // Onto the residual stream, or into the sums that the ranks add up.

@@ -64,20 +64,27 @@ class Team {
         for (int left; (left = busy_.load(std::memory_order_acquire));) await(busy_, left);
     }
 
-    // Share `count` pieces of work out to whoever comes first, `step` at a time; `phase` counts the calls of a run.
+    // Share `count` pieces of work out to whoever comes first, `step` at a time; `phase` counts the calls of a run. `work`
+    // is told from where to where, and by a function, if it calls that, where this thread goes on.
     template <typename F>
-    void share(int& phase, int64_t count, int64_t step, F&& work) {
+    void share_ahead(int& phase, int64_t count, int64_t step, F&& work) {
         std::atomic<int64_t>& next = next_[phase % COUNTERS];
         // Everyone is past the barrier behind the phase that used this counter last.
         next_[(phase + COUNTERS / 2) % COUNTERS].store(0, std::memory_order_relaxed);
         phase++;
-        if (size_ == 1) {
-            for (int64_t i = 0; i < count; i += step) work(i, std::min(count, i + step));
-            return;
+        const auto take = [&] { return next.fetch_add(step, std::memory_order_relaxed); };
+        for (int64_t i = take(), then; i < count; i = then) {
+            then = -1;
+            const auto taken = [&] { return then < 0 ? then = take() : then; };
+            work(i, std::min(count, i + step), taken);
+            taken();
         }
-        for (int64_t i; (i = next.fetch_add(step, std::memory_order_relaxed)) < count;)
-            work(i, std::min(count, i + step));
-        wait();
+        if (size_ > 1) wait();
+    }
+
+    template <typename F>
+    void share(int& phase, int64_t count, int64_t step, F&& work) {
+        share_ahead(phase, count, step, [&](int64_t first, int64_t last, const auto&) { work(first, last); });
     }
 
    private:

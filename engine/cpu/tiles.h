@@ -18,6 +18,8 @@ constexpr int64_t TILE_SIDE = 16;  // lines of a tile, and numbers of 32 bits in
 
 constexpr int64_t TILE_BYTES = TILE_SIDE * LINE;
 constexpr int64_t TWO_SIDES = 2 * TILE_SIDE;  // tokens, or rows, that are multiplied together
+constexpr int64_t AT_ONCE = 2 * CHUNK;        // panels that few tokens are multiplied with in turns,
+constexpr int64_t TURN = 1024;                // each time by so many bytes of theirs
 
 // Tiles 0 to 3 are sums: of the first tokens and both panels, then of the others. 4 and 5 are tokens, 6 and 7 weights.
 class Tiles {
@@ -72,19 +74,24 @@ enum Bits { PAIR, SIGNED, UNSIGNED };
         if constexpr (BITS == UNSIGNED) _tile_dpbsud(sums, tokens, weights);       \
     } while (false)
 
-// One line of tiles: tokens times two panels, or what else has lines that lie `stride` bytes apart.
-template <Bits BITS>
+// One line of tiles: tokens times two panels, or what else has lines that lie `stride` bytes apart. `meanwhile` is called
+// behind each product.
+template <Bits BITS, typename F>
 static inline void multiply_tiles(const void* x, int64_t x_bytes, bool more, const void* p, const void* q,
-                                  int64_t stride = LINE) {
+                                  int64_t stride, F&& meanwhile) {
     _tile_loadd(4, x, x_bytes);
     _tile_loadd(6, p, stride);
     _tile_loadd(7, q, stride);
     MULTIPLY_TILE(0, 4, 6);
+    meanwhile();
     MULTIPLY_TILE(1, 4, 7);
+    meanwhile();
     if (!more) return;
     _tile_loadd(5, static_cast<const char*>(x) + TILE_SIDE * x_bytes, x_bytes);
     MULTIPLY_TILE(2, 5, 6);
+    meanwhile();
     MULTIPLY_TILE(3, 5, 7);
+    meanwhile();
 }
 
 static inline void store_sums(void* to, bool more, int64_t stride = 2 * LINE) {
@@ -107,6 +114,34 @@ static inline void load_sums(const void* from, bool more, int64_t stride) {
     }
 }
 
+// What is asked for while weights are multiplied. The CPU reads ahead in as many places as it sees, and a core reads a
+// tenth to a quarter faster from eight than from two: so beside few tokens, where reading is what takes time, the next
+// columns of several panels are asked for in turns. Panels often lie a power of two apart, where lines of the same number
+// are in each other's way in the memory: so each panel begins with another one.
+class Asked {
+   public:
+    Asked() = default;
+    // `bytes` of each of so many panels, which lie `between` bytes apart, within so many calls.
+    Asked(const char* from, int64_t panels, int64_t between, int64_t bytes, int64_t calls)
+        : from_(from), panels_(panels), between_(between), lines_(bytes / LINE), each_((lines_ + calls - 1) / calls) {}
+
+    void next() {
+        if (done_ >= lines_) return;
+        for (int64_t i = 0, line = done_; i < panels_; i++, line += APART) {
+            while (line >= lines_) line -= lines_;
+            const char* p = from_ + i * between_ + line * LINE;
+            for (int64_t n = 0; n < each_; n++) _mm_prefetch(p + n * LINE, _MM_HINT_T1);
+        }
+        done_ += each_;
+    }
+
+   private:
+    static constexpr int64_t APART = 20;  // lines
+    const char* from_ = nullptr;
+    int64_t panels_ = 0, between_ = 0, lines_ = 0, each_ = 0, done_ = 0;
+};
+
+// The same beside many tokens, where it is for weights to come in time.
 static inline void ahead_of_tile(const char* p) {
     UNROLL for (int64_t line = 0; line < TILE_BYTES; line += LINE) _mm_prefetch(p + AHEAD + line, _MM_HINT_T0);
 }
@@ -130,111 +165,131 @@ static const char* as_signed(const char* from, int64_t bytes) {
     return to;
 }
 
-// `count` tokens, at most 32, times the panels at p and q.
-static void pairs_block(const Matrix& w, const Activations& a, int64_t token, bool more, const char* p, const char* q,
-                        Block& sums) {
-    const uint16_t* x = a.pairs + token * a.stride;
-    zero_sums(more);
-    for (int64_t k = 0; k < w.panel_bytes(); k += TILE_BYTES, x += LINE / 2) {
-        ahead_of_tile(p + k);
-        ahead_of_tile(q + k);
-        multiply_tiles<PAIR>(x, a.stride * 2, more, p + k, q + k);
-    }
-    store_sums(sums, more);
-}
-
-// Adds what a block of columns came to; a token's scale and a group's are applied as whole_tile does.
-template <int KIND, Bits BITS>
-static inline void add_sums(const Matrix& w, const Activations& a, int64_t token, int64_t from, int64_t count,
-                            int64_t panel, int64_t next, int64_t b, const WholeBlock& sums, Block& totals) {
-    const int64_t place = a.place<KIND>(token, b), each = a.each<KIND>();
-    Floats scale[2];
-    if constexpr (KIND == INT4) {
-        const int64_t groups = w.columns / w.group, group = b / (w.group / BLOCK);
-        const char* scales = static_cast<const char*>(w.scales);
-        scale[0] = load_as<FLOAT16>(scales + (panel * groups + group) * PANEL * 2);
-        scale[1] = load_as<FLOAT16>(scales + (next * groups + group) * PANEL * 2);
-    }
-    for (int64_t m = from; m < count; m++) {
-        const Floats factor = all(a.scales[place + m * each]);
-        UNROLL for (int i = 0; i < 2; i++) {
-            __m512i dots = _mm512_load_si512(sums[m] + i * PANEL);
-            if constexpr (BITS == UNSIGNED) dots = _mm512_add_epi32(dots, _mm512_set1_epi32(a.offsets[place + m * each]));
-            float* to = totals[m] + i * PANEL;
-            store(to, fused(Floats{_mm512_cvtepi32_ps(dots)}, KIND == INT4 ? factor * scale[i] : factor, load(to)));
-        }
-    }
-}
-
-template <int KIND, Bits BITS>
-static void whole_block(const Matrix& w, const Activations& a, int64_t token, int64_t count, int64_t panel,
-                        int64_t next, const char* p, const char* q, Block& totals) {
-    constexpr int64_t EACH = block_of(KIND), PIECE = KIND == INT4 ? BLOCK : LINE;  // columns of a line of tiles
-    const int64_t blocks = (w.columns + EACH - 1) / EACH;
-    const bool more = count > TILE_SIDE;
-    for (int64_t m = 0; m < count; m++) store(totals[m], zeros()), store(totals[m] + PANEL, zeros());
-    alignas(64) WholeBlock sums;
-    for (int64_t b = 0; b < blocks; b++) {
+// A number of tokens, at most 32, times two panels, whose weights are at p and q: what columns from `from` to before `to`
+// come to is added to `totals`, or is all that they are.
+static void add_pairs(const Activations& a, int64_t token, bool more, int64_t from, int64_t to, const char* p,
+                      const char* q, Asked* asked, Block& totals) {
+    if (from == 0)
         zero_sums(more);
-        const int64_t end = std::min((b + 1) * EACH, w.columns);
-        for (int64_t k = b * EACH; k < end; k += PIECE) {
-            if constexpr (BITS == UNSIGNED) {
-                ahead_of_tile(p + k * PANEL);
-                ahead_of_tile(q + k * PANEL);
-            }
-            multiply_tiles<BITS>(a.narrow_at(token, k), a.between(), more, p + k * PANEL, q + k * PANEL);
-        }
-        // The last block's, while this one's products are on their way.
-        if (b > 0) add_sums<KIND, BITS>(w, a, token, 0, std::min(count, TILE_SIDE), panel, next, b - 1, sums, totals);
-        _tile_stored(0, sums, 2 * LINE);
-        _tile_stored(1, sums[0] + PANEL, 2 * LINE);
-        if (!more) continue;
-        if (b > 0) add_sums<KIND, BITS>(w, a, token, TILE_SIDE, count, panel, next, b - 1, sums, totals);
-        _tile_stored(2, sums[TILE_SIDE], 2 * LINE);
-        _tile_stored(3, sums[TILE_SIDE] + PANEL, 2 * LINE);
+    else
+        load_sums(totals, more, 2 * LINE);
+    const uint16_t* x = a.pairs + token * a.stride;
+    for (int64_t k = from; k < to; k += LINE / 2) {
+        const char *next = p + k * PANEL * 2, *other = q + k * PANEL * 2;
+        if (asked)
+            asked->next();
+        else
+            ahead_of_tile(next), ahead_of_tile(other);
+        multiply_tiles<PAIR>(x + k, a.stride * 2, more, next, other, LINE, [] {});
     }
-    add_sums<KIND, BITS>(w, a, token, 0, count, panel, next, blocks - 1, sums, totals);
-    if constexpr (KIND == INT8) {
-        const float* scales = static_cast<const float*>(w.scales);
-        const Floats scale[2] = {load(scales + panel * PANEL), load(scales + next * PANEL)};
-        for (int64_t m = 0; m < count; m++)
-            UNROLL for (int i = 0; i < 2; i++) store(totals[m] + i * PANEL, load(totals[m] + i * PANEL) * scale[i]);
-    }
+    store_sums(totals, more);
 }
 
+// The same with whole numbers; a token's scale and a group's are applied as whole_tile does, to what a block of columns
+// came to while the next one's products are on their way.
 template <int KIND, Bits BITS>
+static void add_whole(const Matrix& w, const Activations& a, int64_t token, int64_t count, int64_t from, int64_t to,
+                      int64_t panel, int64_t other, const char* p, const char* q, Asked& asked, Block& totals) {
+    constexpr int64_t EACH = block_of(KIND), PIECE = KIND == INT4 ? BLOCK : LINE;  // columns of a line of tiles
+    constexpr int64_t LINES = TWO_SIDES / (4 * EACH / PIECE);                      // of sums behind each product
+    const bool more = count > TILE_SIDE;
+    if (from == 0) std::memset(totals, 0, count * sizeof(totals[0]));
+    alignas(LINE) WholeBlock sums;
+    int64_t line = count, place = 0;  // of the sums that are not added yet
+    const int64_t each = a.each<KIND>();
+    Floats scale[2];
+    const auto add_lines = [&](int64_t end) {
+        for (; line < end; line++) {
+            const Floats factor = all(a.scales[place + line * each]);
+            UNROLL for (int i = 0; i < 2; i++) {
+                __m512i dots = _mm512_load_si512(sums[line] + i * PANEL);
+                if constexpr (BITS == UNSIGNED)
+                    dots = _mm512_add_epi32(dots, _mm512_set1_epi32(a.offsets[place + line * each]));
+                float* to = totals[line] + i * PANEL;
+                store(to, fused(Floats{_mm512_cvtepi32_ps(dots)}, KIND == INT4 ? factor * scale[i] : factor, load(to)));
+            }
+        }
+    };
+    for (int64_t b = from / EACH; b * EACH < to; b++) {
+        zero_sums(more);
+        const int64_t end = std::min((b + 1) * EACH, to);
+        for (int64_t k = b * EACH; k < end; k += PIECE) {
+            asked.next();
+            multiply_tiles<BITS>(a.narrow_at(token, k), a.between(), more, p + k * PANEL, q + k * PANEL, LINE,
+                                 [&] { add_lines(std::min(line + LINES, count)); });
+        }
+        add_lines(count);
+        store_sums(sums, more);
+        line = 0, place = a.place<KIND>(token, b);
+        if constexpr (KIND == INT4) {
+            const int64_t groups = w.columns / w.group, group = b / (w.group / BLOCK);
+            const char* scales = static_cast<const char*>(w.scales);
+            scale[0] = load_as<FLOAT16>(scales + (panel * groups + group) * PANEL * 2);
+            scale[1] = load_as<FLOAT16>(scales + (other * groups + group) * PANEL * 2);
+        }
+    }
+    add_lines(count);
+}
+
+// `next` says where this thread goes on behind the last panel.
+template <int KIND, Bits BITS, typename F>
 static void tiles_of(const Matrix& w, const Activations& a, int64_t tokens, int64_t first, int64_t last, float* y,
-                     int64_t stride, bool add) {
+                     int64_t stride, bool add, F&& next) {
+    constexpr int64_t SIZE = KIND == BFLOAT16 ? 2 : 1;  // of a number in a tile
     const Tiles tiles(KIND == INT4 ? BLOCK : LINE);
     const char* data = w.panel(first);
     if constexpr (BITS == SIGNED) data = as_signed<KIND>(data, (last - first) * w.panel_bytes());
     const int64_t bytes = w.panel_bytes() * (KIND == INT4 ? 2 : 1);
+    const bool few = BITS != SIGNED && tokens <= TWO_SIDES;
+    const int64_t panels = few ? AT_ONCE : 2, part = few ? TURN / SIZE : w.columns;
+    alignas(LINE) Block totals[AT_ONCE / 2];
     for (int64_t token = 0; token < tokens; token += TWO_SIDES) {
         const int64_t count = std::min(TWO_SIDES, tokens - token);
-        for (int64_t panel = first; panel < last; panel += 2) {
-            const bool one = panel + 1 == last;
-            const char *p = data + (panel - first) * bytes, *q = one ? p : p + bytes;
-            alignas(LINE) Block sums;
-            if constexpr (KIND == BFLOAT16)
-                pairs_block(w, a, token, count > TILE_SIDE, p, q, sums);
-            else
-                whole_block<KIND, BITS>(w, a, token, count, panel, one ? panel : panel + 1, p, q, sums);
-            for (int64_t m = 0; m < count; m++) {
-                float* to = y + (token + m) * stride + panel * PANEL;
-                put(to, load(sums[m]), add);
-                if (!one) put(to + PANEL, load(sums[m] + PANEL), add);
+        for (int64_t from = first; from < last; from += panels) {
+            const int64_t to = std::min(from + panels, last);
+            for (int64_t k = 0; k < w.columns; k += part) {
+                const int64_t end = std::min(k + part, w.columns);
+                Asked asked;
+                if (few) {
+                    const int64_t calls = (to - from + 1) / 2 * ((end - k) * SIZE + LINE - 1) / LINE;
+                    const bool through = end == w.columns;
+                    const int64_t then = !through ? from : to < last ? to : next(), column = through ? 0 : end;
+                    const int64_t columns = std::min(part, w.columns - column);
+                    asked = {w.panel(then) + column * SIZE * PANEL, std::min(panels, w.panels() - then), bytes,
+                             columns * SIZE * PANEL, calls};
+                }
+                for (int64_t panel = from; panel < to; panel += 2) {
+                    const int64_t other = std::min(panel + 1, to - 1);
+                    const char *p = data + (panel - first) * bytes, *q = data + (other - first) * bytes;
+                    Block& sums = totals[(panel - from) / 2];
+                    if constexpr (KIND == BFLOAT16)
+                        add_pairs(a, token, count > TILE_SIDE, k, end, p, q, few ? &asked : nullptr, sums);
+                    else
+                        add_whole<KIND, BITS>(w, a, token, count, k, end, panel, other, p, q, asked, sums);
+                }
+            }
+            for (int64_t panel = from; panel < to; panel += 2) {
+                const Block& sums = totals[(panel - from) / 2];
+                for (int64_t m = 0; m < count; m++)
+                    for (int64_t i = 0; i < std::min<int64_t>(2, to - panel); i++) {
+                        Floats v = load(sums[m] + i * PANEL);
+                        if constexpr (KIND == INT8)
+                            v = v * load(static_cast<const float*>(w.scales) + (panel + i) * PANEL);
+                        put(y + (token + m) * stride + (panel + i) * PANEL, v, add);
+                    }
             }
         }
     }
 }
 
+template <typename F>
 static void by_tiles(const Matrix& w, const Activations& a, int64_t tokens, int64_t first, int64_t last, float* y,
-                     int64_t stride, bool add) {
-    if (w.kind == BFLOAT16) return tiles_of<BFLOAT16, PAIR>(w, a, tokens, first, last, y, stride, add);
-    if (w.kind == INT4) return tiles_of<INT4, SIGNED>(w, a, tokens, first, last, y, stride, add);
+                     int64_t stride, bool add, F&& next) {
+    if (w.kind == BFLOAT16) return tiles_of<BFLOAT16, PAIR>(w, a, tokens, first, last, y, stride, add, next);
+    if (w.kind == INT4) return tiles_of<INT4, SIGNED>(w, a, tokens, first, last, y, stride, add, next);
     // A copy with signs saves taking offsets away, but is only worth it if it is used often.
-    if (tokens > TWO_SIDES) return tiles_of<INT8, SIGNED>(w, a, tokens, first, last, y, stride, add);
-    tiles_of<INT8, UNSIGNED>(w, a, tokens, first, last, y, stride, add);
+    if (tokens > TWO_SIDES) return tiles_of<INT8, SIGNED>(w, a, tokens, first, last, y, stride, add, next);
+    tiles_of<INT8, UNSIGNED>(w, a, tokens, first, last, y, stride, add, next);
 }
 
 #endif
@@ -248,18 +303,20 @@ static bool go_by_tiles([[maybe_unused]] const Matrix& w, [[maybe_unused]] int64
     return false;
 }
 
-// y[token][row] (+)= x[token] . w[row] for the panels from `first` to before `last`.
+// y[token][row] (+)= x[token] . w[row] for the panels from `first` to before `last`; `next` says with which one this
+// thread goes on.
+template <typename F>
 static void multiply(const Matrix& w, const Activations& a, int64_t tokens, int64_t first, int64_t last, float* y,
-                     int64_t stride, bool add) {
+                     int64_t stride, bool add, [[maybe_unused]] F&& next) {
 #ifdef TILES
-    if (go_by_tiles(w, tokens)) return by_tiles(w, a, tokens, first, last, y, stride, add);
+    if (go_by_tiles(w, tokens)) return by_tiles(w, a, tokens, first, last, y, stride, add, next);
 #endif
     by_panels(w, a, tokens, first, last, y, stride, add);
 }
 
 // How many panels a thread takes at once: with many tokens as much as its cache can hold while they pass by.
 static int64_t share_of(const Matrix& w, int64_t tokens, int64_t threads) {
-    if (tokens <= TILE_SIDE || !go_by_tiles(w, tokens)) return w.panels() < 16 * CHUNK * threads ? CHUNK : 2 * CHUNK;
+    if (tokens <= 2 * TILE_SIDE || !go_by_tiles(w, tokens)) return w.panels() < 16 * CHUNK * threads ? CHUNK : 2 * CHUNK;
     constexpr int64_t CACHED = 1 << 20;
     const int64_t bytes = w.panel_bytes() * (w.kind == INT4 ? 2 : 1);
     const int64_t most = std::min(CACHED / bytes, w.panels() / (4 * threads));
