@@ -31,8 +31,8 @@ class Tiles {
         return granted;
     }
 
-    // `columns`: a line of tokens in bytes, which are as many lines of four of weights.
-    explicit Tiles(int64_t columns) {
+    // `columns`: a line of tokens in bytes, which are as many lines of four of weights. Tiles of few tokens take less time.
+    explicit Tiles(int64_t columns, int64_t tokens = TILE_SIDE) {
         struct alignas(64) {
             uint8_t palette = 1, start = 0, unused[14] = {};
             uint16_t bytes[16] = {};
@@ -40,7 +40,7 @@ class Tiles {
         } config;
         for (int i = 0; i < 8; i++) {
             config.bytes[i] = uint16_t(i == 4 || i == 5 ? columns : LINE);
-            config.lines[i] = uint8_t(i < 6 ? TILE_SIDE : columns / 4);
+            config.lines[i] = uint8_t(i < 6 ? tokens : columns / 4);
         }
         asm volatile("" : : "r"(&config) : "memory");  // GCC 12 takes the first eight bytes for all that is read
         _tile_loadconfig(&config);
@@ -236,7 +236,7 @@ template <int KIND, Bits BITS, typename F>
 static void tiles_of(const Matrix& w, const Activations& a, int64_t tokens, int64_t first, int64_t last, float* y,
                      int64_t stride, bool add, F&& next) {
     constexpr int64_t SIZE = KIND == BFLOAT16 ? 2 : 1;  // of a number in a tile
-    const Tiles tiles(KIND == INT4 ? BLOCK : LINE);
+    const Tiles tiles(KIND == INT4 ? BLOCK : LINE, std::min(tokens, TILE_SIDE));
     const char* data = w.panel(first);
     if constexpr (BITS == SIGNED) data = as_signed<KIND>(data, (last - first) * w.panel_bytes());
     const int64_t bytes = w.panel_bytes() * (KIND == INT4 ? 2 : 1);
