@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from deploy.configuration import PROJECT
+from engine.cpu.arena import Arena
 from engine.cpu.library import COMPILERS
 
 PACKAGES = ("torch", "numpy", "transformers", "torchserve")
@@ -26,29 +27,33 @@ PRODUCT_SIDE, GPU_PRODUCT_SIDE = 2048, 8192
 SLOW_S = 5.0  # what takes longer is measured on smaller matrices
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-# Eight independent sums of a 64-byte line each, which is enough loads in flight for one core's share of the bandwidth.
+# Eight independent sums of a 64-byte line each, from one place or from eight at once: a core has more reads in flight
+# where the memory is read in several places. Distances that are a power of two would put them in each other's way.
 _READ_LOOP = """
 #include <cstdint>
 #include <thread>
 #include <vector>
 typedef uint64_t Line __attribute__((vector_size(64), aligned(64)));
-static uint64_t read_part(const Line *at, const Line *end) {
+constexpr int64_t APART = 1044;  // lines
+static uint64_t read_places(const Line *at, const Line *end, int64_t run) {
     Line sums[8] = {};
-    for (; at + 8 <= end; at += 8)
-        for (int line = 0; line < 8; line++) sums[line] += at[line];
+    for (; at + 8 * run <= end; at += 8 * run)
+        for (int64_t line = 0; line < run; line++)
+            for (int place = 0; place < 8; place++) sums[place] += at[place * run + line];
+    for (; at < end; at++) sums[0] += *at;
     uint64_t total = 0;
-    for (int line = 0; line < 8; line++)
-        for (int word = 0; word < 8; word++) total += sums[line][word];
+    for (int place = 0; place < 8; place++)
+        for (int word = 0; word < 8; word++) total += sums[place][word];
     return total;
 }
-extern "C" uint64_t read_all(const void *data, int64_t bytes, int threads) {
+extern "C" uint64_t read_all(const void *data, int64_t bytes, int threads, int places) {
     const Line *lines = static_cast<const Line *>(data);
     int64_t each = bytes / 64 / threads;
     std::vector<uint64_t> totals(threads);
     std::vector<std::thread> workers;
     for (int number = 0; number < threads; number++)
         workers.emplace_back([=, &totals] {
-            totals[number] = read_part(lines + number * each, lines + (number + 1) * each);
+            totals[number] = read_places(lines + number * each, lines + (number + 1) * each, places == 1 ? 1 : APART);
         });
     for (auto &worker : workers) worker.join();
     uint64_t total = 0;
@@ -123,14 +128,13 @@ def measure_gpu(
 
 
 def _read_rates(threads: int, rounds: int, size: int) -> dict[str, list[float]]:
-    numbers = torch.ones(size // 8, dtype=torch.int64)
-    offset = -numbers.data_ptr() % 64 // 8
-    aligned = numbers[offset : offset + (len(numbers) - 8) // 512 * 512]
-    ways: dict[str, Callable[[], object]] = {"torch": lambda: aligned.view(torch.float32).max()}
+    numbers = Arena().take((size // 8,), torch.int64).fill_(1)  # where weights lie too
+    ways: dict[str, Callable[[], object]] = {"torch": lambda: numbers.view(torch.float32).max()}
     loop = _compiled_loop()
     if loop is not None:
-        ways["C++"] = lambda: loop(aligned.data_ptr(), aligned.nbytes, threads)
-    return {name: [aligned.nbytes / _seconds(read) for _ in range(rounds)] for name, read in ways.items()}
+        ways["C++"] = lambda: loop(numbers.data_ptr(), numbers.nbytes, threads, 1)
+        ways["C++, eight places"] = lambda: loop(numbers.data_ptr(), numbers.nbytes, threads, 8)
+    return {name: [numbers.nbytes / _seconds(read) for _ in range(rounds)] for name, read in ways.items()}
 
 
 def _product_rate(dtype: torch.dtype, rounds: int, side: int, device: str = "cpu") -> float:
@@ -159,8 +163,8 @@ def _seconds(work: Callable[[], object], device: str = "cpu") -> float:
     return time.perf_counter() - started
 
 
-def _compiled_loop() -> Callable[[int, int, int], int] | None:
-    """A plain loop over memory; None without a compiler."""
+def _compiled_loop() -> Callable[[int, int, int, int], int] | None:
+    """A plain loop over memory, from one or eight places at once; None without a compiler."""
     compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
         return None
@@ -172,7 +176,7 @@ def _compiled_loop() -> Callable[[int, int, int], int] | None:
             return None
         function = ctypes.CDLL(str(library)).read_all
     function.restype = ctypes.c_uint64
-    function.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int)
+    function.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int)
     return function
 
 
