@@ -253,7 +253,7 @@ static void tiles_of(const Matrix& w, const Activations& a, int64_t tokens, int6
                 if (few) {
                     const int64_t calls = (to - from + 1) / 2 * ((end - k) * SIZE + LINE - 1) / LINE;
                     const bool through = end == w.columns;
-                    const int64_t then = !through ? from : to < last ? to : next(), column = through ? 0 : end;
+                    const int64_t then = through ? next() : from, column = through ? 0 : end;
                     const int64_t columns = std::min(part, w.columns - column);
                     asked = {w.panel(then) + column * SIZE * PANEL, std::min(panels, w.panels() - then), bytes,
                              columns * SIZE * PANEL, calls};
