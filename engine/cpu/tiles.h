@@ -262,6 +262,9 @@ static void tiles_of(const Matrix& w, const Activations& a, int64_t tokens, int6
                     const int64_t other = std::min(panel + 1, to - 1);
                     const char *p = data + (panel - first) * bytes, *q = data + (other - first) * bytes;
                     Block& sums = totals[(panel - from) / 2];
+                    if (!few)  // few tokens' outputs are in the cache
+                        for (int64_t m = 0; m < count; m++)
+                            for (int64_t i : {panel, other}) written_soon(y + (token + m) * stride + i * PANEL);
                     if constexpr (KIND == BFLOAT16)
                         add_pairs(a, token, count > TILE_SIDE, k, end, p, q, few ? &asked : nullptr, sums);
                     else
