@@ -142,6 +142,12 @@ inline __m512i add_bytes(__m512i sums, __m512i bytes, __m512i signed_bytes) {
     return by_halves<__m512i, __m256i>(add, sums, bytes, signed_bytes);
 }
 
+// vpdpwssd
+inline __m512i add_counted(__m512i sums, __m512i a, __m512i b) {
+    const auto add = [](__m256i sum, __m256i x, __m256i y) { return _mm256_add_epi32(sum, _mm256_madd_epi16(x, y)); };
+    return by_halves<__m512i, __m256i>(add, sums, a, b);
+}
+
 inline __m512 cvtepi32_ps(__m512i a) {
     const auto x = std::bit_cast<Two<__m256i>>(a);
     return std::bit_cast<__m512>(Two<__m256>{_mm256_cvtepi32_ps(x.low), _mm256_cvtepi32_ps(x.high)});

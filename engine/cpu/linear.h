@@ -126,9 +126,11 @@ static void tokens_over(const Matrix& w, const Activations& a, int64_t token, in
         Floats sums[M][P];
         UNROLL for (int m = 0; m < M; m++)
             UNROLL for (int i = 0; i < P; i++) sums[m][i] = zeros();
+#ifdef WIDE
         if constexpr (KIND == INT8 || KIND == INT4)
             whole_tile<KIND, M, P>(w, a, token, panel, sums);
         else
+#endif
             float_tile<KIND, M, P>(w, a, tokens, panel, said, sums);
         UNROLL for (int m = 0; m < M; m++)
             if (m < count)
@@ -167,9 +169,9 @@ static void groups_over(const Matrix& w, const Activations& a, int64_t token, in
             }
             for (int g = 0; g < GROUPS; g++) {
                 const int64_t from = token + std::min<int64_t>(g * M, count - M);
-                Dots<INT8> sums[M][P];
-                whole_sums<INT8, M, P, N>(a, from, b, w.columns, p, next, sums);
-                add_block<INT8, M, P>(a, from, b, sums, nullptr, totals[g]);
+                Dots<M, P> sums;
+                whole_sums<INT8, M, P, N>(w, a, from, panel, b, p, next, sums);
+                add_block<M, P>(a, from, b, sums, totals[g]);
                 UNROLL for (int i = 0; i < P; i++) next[i] += BYTES * N / P;
             }
         }
@@ -188,18 +190,18 @@ static void groups_over(const Matrix& w, const Activations& a, int64_t token, in
 
 #else
 
-// Chains of four tokens times a panel are what registers hold of int8: so one group of tokens after the other is multiplied
-// by a block of weights while that is in the first cache.
+// Chains of four tokens times a panel are what registers hold: so one group of tokens after the other is multiplied by a
+// block of weights while that is in the first cache.
 constexpr int64_t GROUPS = 8, GROUP = 4;
 
 // `count` tokens in groups of M, the last ones of one less where that comes to them, times panels, P at once.
-template <int M, int P>
+template <int KIND, int M, int P>
 static void groups_over(const Matrix& w, const Activations& a, int64_t token, int64_t count, int64_t first,
                         int64_t last, float* y, int64_t stride, bool add) {
-    constexpr int64_t BYTES = ROUND * PANEL, RUNS = ROUND / BLOCK, LESS = std::max(M - 1, 1);
+    constexpr int64_t BYTES = ROUND / 8 * EIGHT<KIND>, LINES = EIGHT<KIND> / LINE, LESS = std::max(M - 1, 1);
     const int64_t groups = (count + M - 1) / M, full = groups - (groups * M - count);
-    const int64_t between = w.panel_bytes(), part = BYTES / groups, step = 2 * LINE / groups;
-    const auto add_full = groups == 1 ? add_eights<M, P, 2> : add_eights<M, P, 1>;
+    const int64_t between = w.panel_bytes(), part = BYTES / groups, step = EIGHT<KIND> / groups;
+    const auto add_full = groups == 1 ? add_eights<KIND, M, P, LINES> : add_eights<KIND, M, P, 1>;
     int64_t panel = first;
     for (; panel + P <= last; panel += P) {
         Floats totals[GROUPS * GROUP][P];
@@ -210,35 +212,40 @@ static void groups_over(const Matrix& w, const Activations& a, int64_t token, in
         const char* p = w.panel(panel);
         for (int64_t b = 0; b * ROUND < w.columns; b++, p += BYTES) {
             const int8_t* x = a.narrow_at(token, b * ROUND);
-            const int64_t place = a.place<INT8>(token, b), columns = std::min(ROUND, w.columns - b * ROUND);
+            const int64_t place = a.place(token, b), columns = std::min(ROUND, w.columns - b * ROUND);
             const int32_t* offsets = a.offsets + place * RUNS;
             const float* scales = a.scales + place;
             const char* next = p + 2 * BYTES;
-            add_full(full, x, columns, offsets, scales, p, between, next, part, step, totals);
+            Counts counts[RUNS][P];
+            if constexpr (KIND == INT4)
+                for (int64_t k = 0; k < columns; k += BLOCK)
+                    for (int i = 0; i < P; i++) load_counts(w.counts_at(panel + i, b * ROUND + k), counts[k / BLOCK][i]);
+            add_full(full, x, columns, offsets, scales, p, between, counts, next, part, step, totals);
             if (const int64_t m = full * M; m < count)
-                add_eights<LESS, P, 1>(groups - full, x + m * ROUND, columns, offsets + m * RUNS, scales + m, p, between,
-                                       next + full * part, part, step, totals + m);
+                add_eights<KIND, LESS, P, 1>(groups - full, x + m * ROUND, columns, offsets + m * RUNS, scales + m, p,
+                                             between, counts, next + full * part, part, step, totals + m);
         }
         for (int i = 0; i < P; i++) {
-            const Floats scale = load(static_cast<const float*>(w.scales) + (panel + i) * PANEL);
+            const Floats scale = load(w.scales + (panel + i) * PANEL);
             for (int64_t m = 0; m < count; m++)
                 put(y + (token + m) * stride + (panel + i) * PANEL, totals[m][i] * scale, add);
         }
     }
     if constexpr (P > 1)
-        if (panel < last) groups_over<M, 1>(w, a, token, count, panel, last, y, stride, add);
+        if (panel < last) groups_over<KIND, M, 1>(w, a, token, count, panel, last, y, stride, add);
 }
 
-static void int8_of(const Matrix& w, const Activations& a, int64_t tokens, int64_t first, int64_t last, float* y,
-                    int64_t stride, bool add) {
+template <int KIND>
+static void whole_of(const Matrix& w, const Activations& a, int64_t tokens, int64_t first, int64_t last, float* y,
+                     int64_t stride, bool add) {
     const int64_t passes = (tokens + GROUPS * GROUP - 1) / (GROUPS * GROUP);
     for (int64_t i = 0, token = 0; i < passes; i++) {
         const int64_t count = (tokens - token) / (passes - i), groups = (count + GROUP - 1) / GROUP;
         switch ((count + groups - 1) / groups) {
-            case 1: groups_over<1, 4>(w, a, token, count, first, last, y, stride, add); break;
-            case 2: groups_over<2, 2>(w, a, token, count, first, last, y, stride, add); break;
-            case 3: groups_over<3, 1>(w, a, token, count, first, last, y, stride, add); break;
-            default: groups_over<4, 1>(w, a, token, count, first, last, y, stride, add);
+            case 1: groups_over<KIND, 1, 4>(w, a, token, count, first, last, y, stride, add); break;
+            case 2: groups_over<KIND, 2, 2>(w, a, token, count, first, last, y, stride, add); break;
+            case 3: groups_over<KIND, 3, 1>(w, a, token, count, first, last, y, stride, add); break;
+            default: groups_over<KIND, 4, 1>(w, a, token, count, first, last, y, stride, add);
         }
         token += count;
     }
@@ -247,11 +254,10 @@ static void int8_of(const Matrix& w, const Activations& a, int64_t tokens, int64
 #endif
 
 // How many panels keep the multipliers busy and the sums in registers.
-constexpr int panels_at_once([[maybe_unused]] int kind, int tokens) {
+constexpr int panels_at_once(int tokens) {
 #ifdef WIDE
     return tokens <= 6 ? 4 : 2;
 #else
-    if (kind == INT4) return 1;
     return tokens == 1 ? 4 : tokens <= 3 ? 2 : 1;
 #endif
 }
@@ -264,7 +270,7 @@ static void few_tokens(const Matrix& w, const Activations& a, int64_t token, int
 #else
     if (said.from) return tokens_over<KIND, M, 1>(w, a, token, count, first, last, y, stride, add, said);
 #endif
-    tokens_over<KIND, M, panels_at_once(KIND, M)>(w, a, token, count, first, last, y, stride, add);
+    tokens_over<KIND, M, panels_at_once(M)>(w, a, token, count, first, last, y, stride, add);
 }
 
 template <int KIND>
@@ -306,7 +312,7 @@ static void panels_of(const Matrix& w, const Activations& a, int64_t tokens, int
 #ifndef WIDE
     // Several passes over a panel, which lies in the cache after the first: meanwhile they ask for the next one, each for
     // its part, so that the memory is never idle. With many tokens it is the multipliers that are waited for.
-    if (KIND != INT4 && passes > 1 && tokens <= 2 * FEW) {
+    if (passes > 1 && tokens <= 2 * FEW) {
         for (int64_t panel = first; panel < last; panel++) {
             const bool unasked = panel == first;
             const int64_t parts = passes - unasked;
@@ -334,9 +340,10 @@ static void by_panels(const Matrix& w, const Activations& a, int64_t tokens, int
         case FLOAT16: return panels_of<FLOAT16>(w, a, tokens, first, last, y, stride, add);
 #ifdef WIDE
         case INT8: return panels_of<INT8>(w, a, tokens, first, last, y, stride, add);
-#else
-        case INT8: return int8_of(w, a, tokens, first, last, y, stride, add);
-#endif
         default: return panels_of<INT4>(w, a, tokens, first, last, y, stride, add);
+#else
+        case INT8: return whole_of<INT8>(w, a, tokens, first, last, y, stride, add);
+        default: return whole_of<INT4>(w, a, tokens, first, last, y, stride, add);
+#endif
     }
 }

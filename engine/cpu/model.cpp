@@ -81,12 +81,12 @@ class Model {
         values_.fit(most * widest * 4);
         pairs_.fit(whole * widest * 2);
         narrow_.fit(whole * widest);
-        scales_.fit(whole * widest / BLOCK * 4);
+        scales_.fit(whole * widest / ROUND * 4);
         offsets_.fit(whole * widest / BLOCK * 4);
         samplers_.resize(shape.threads);
         scratch_.resize(shape.threads);
         for (auto& scratch : scratch_) scratch.fit(shape.positions, shape.heads / shape.kv_heads, shape.width);
-        if constexpr (CHAINED<INT8>) measure();
+        if constexpr (CHAINED) measure();
     }
 
     // Stage 0 is the embedding, 1 + 2 l and 2 + 2 l are the halves of layer l, the last one makes the logits.
@@ -117,7 +117,7 @@ class Model {
     }
 
    private:
-    // What activations must fit, for each matrix whose products are added in 16 bits.
+    // What activations must fit, for each int8 matrix, whose products are added in 16 bits.
     void measure() {
         std::vector<Matrix*> matrices;
         for (Layer& layer : layers_)
@@ -171,15 +171,8 @@ class Model {
         if (w.kind == FLOAT32) return load_one(w.kind, p + (column * PANEL + r) * 4);
         if (w.kind == FLOAT16) return load_one(w.kind, p + (column * PANEL + r) * 2);
         if (w.kind == BFLOAT16) return load_one(w.kind, p + (column / 2 * PANEL + r) * 4 + column % 2 * 2);
-        if (w.kind == INT8) {
-            const int32_t q = uint8_t(p[(column / 4 * PANEL + r) * 4 + column % 4]) - 128;
-            return float(q) * static_cast<const float*>(w.scales)[row];
-        }
-        const int64_t k = column % 8;
-        const uint8_t byte = uint8_t(p[(column / 8 * PANEL + r) * 4 + k % 4]);
-        const uint16_t scale =
-            static_cast<const uint16_t*>(w.scales)[(panel * (w.columns / w.group) + column / w.group) * PANEL + r];
-        return ((k < 4 ? byte & 15 : byte >> 4) - 8) * _cvtsh_ss(scale);
+        // A quantized one has 8 bits in every scheme.
+        return (uint8_t(p[(column / 4 * PANEL + r) * 4 + column % 4]) - 128) * w.scales[row];
     }
 
     // The normalised residual stream of `token`, as activation number `to`, in the form that `w` wants.

@@ -6,18 +6,20 @@
 //   float32, float16   [panel][column][16]
 //   bfloat16           [panel][column / 2][16][2], filled up to 32 columns; where the CPU multiplies pairs, activations
 //                      are bfloat16 too
-//   int8               [panel][column / 4][16][4], filled up to 64 columns, unsigned with an offset of 128, one scale
-//                      per row; activations are 8 bits wide with a scale for every 128 (with AVX2 a little less, so
-//                      that sums of four products have 16)
+//   int8               [panel][column / 4][16][4], filled up to 64 columns, unsigned with an offset of 128
 //   int4               [panel][column / 8][16][4]: bytes of two columns that are four apart, unsigned with an offset of
-//                      8; scales [panel][column / group][16] in float16; activations have a scale for every 32
+//                      8; [panel][column / group][16] whole numbers of 16 bits, by which a group's sums count
+//
+// A row of whole numbers has one scale, and activations beside it are 8 bits wide with a scale for every 128 columns.
+// So what these come to is added as whole numbers, for int4 too.
 #pragma once
 
 #include "vector.h"
 
 constexpr int64_t PANEL = LANES;
-constexpr int64_t BLOCK = 32;   // columns that share one activation scale beside int4 weights
-constexpr int64_t ROUND = 128;  // the same beside int8, and what activations are filled up to with zeros
+constexpr int64_t BLOCK = 32;   // columns whose sums fit 16 bits where they must, which groups of int4 are made of
+constexpr int64_t ROUND = 128;  // columns that share one activation scale, filled up with zeros
+constexpr int64_t RUNS = ROUND / BLOCK;
 constexpr int64_t CHUNK = 4;    // panels that a thread takes at once, or twice as many of large matrices
 constexpr int64_t FEW = 16;     // tokens whose activations lie side by side
 constexpr int64_t AHEAD = 2048;  // bytes of a panel that are asked for before they are needed
@@ -29,16 +31,14 @@ struct Ahead {
     const char* from = nullptr;
     int64_t step = LINE;
 };
-// Whether several passes over a panel share out what is asked for. int4 are so few that nobody waits for them.
+// Whether several passes over a panel share out what is asked for.
 #ifdef WIDE
 template <int KIND, int P>
 constexpr bool SHARED = false;
 #else
 template <int KIND, int P>
-constexpr bool SHARED = P == 1 && KIND != INT4;
+constexpr bool SHARED = P == 1;
 #endif
-
-constexpr int64_t block_of(int kind) { return kind == INT4 ? BLOCK : ROUND; }
 
 static int64_t padded(int64_t count) { return (count + ROUND - 1) / ROUND * ROUND; }
 
@@ -47,13 +47,20 @@ static int64_t stride_of(int64_t count) { return padded(count) + ROUND; }
 
 struct Matrix {
     int32_t kind;
-    int32_t group;  // columns that share one int4 scale
+    int32_t group;  // columns of int4 that count by the same number
     int64_t rows;
     int64_t columns;
     const void* data;
-    const void* scales;
+    const float* scales;    // of rows of whole numbers
+    const int16_t* counts;  // of groups of int4
     const float (*tightness)[2];  // int8 with AVX2 alone: see whole.h
 
+    // By what a panel's columns from `column` on count, and how far behind it that of the next panel is. (To divide 64 bits
+    // takes long.)
+    const int16_t* counts_at(int64_t panel, int64_t column) const {
+        return counts + panel * counts_between() + uint32_t(column) / uint32_t(group) * PANEL;
+    }
+    int64_t counts_between() const { return uint32_t(columns) / uint32_t(group) * PANEL; }
     int64_t panels() const { return (rows + PANEL - 1) / PANEL; }
     const char* panel(int64_t number) const { return static_cast<const char*>(data) + number * panel_bytes(); }
     int64_t panel_bytes() const {
@@ -74,8 +81,8 @@ struct Activations {
     uint16_t* pairs;   // [token][stride], for bfloat16 weights
     int8_t* narrow;    // for weights of whole numbers
     float* scales;     // one for every block of them: [block][token], or [token][stride / block]
-    // The same, as the weights' form makes a block's sum wrong by so much: what it begins with, or with CHAINED<KIND>, for
-    // every 32 columns, what the two chains begin with.
+    // The same, as the weights' offset makes sums wrong by so much: what they begin with, RUNS times as many where each 32
+    // columns are summed for themselves.
     int32_t* offsets;
     int64_t stride;
     int64_t tokens;
@@ -91,10 +98,6 @@ struct Activations {
         return narrow + token * between() + column / ROUND * piece + column % ROUND;
     }
     // Where the scale and the offset of a block are, and how far behind them those of the next token.
-    template <int KIND>
-    int64_t place(int64_t token, int64_t block) const {
-        return few() ? block * tokens + token : token * each<KIND>() + block;
-    }
-    template <int KIND>
-    int64_t each() const { return few() ? 1 : stride / block_of(KIND); }
+    int64_t place(int64_t token, int64_t block) const { return few() ? block * tokens + token : token * each() + block; }
+    int64_t each() const { return few() ? 1 : stride / ROUND; }
 };

@@ -16,6 +16,7 @@ PANEL, BLOCK = 16, 32
 ROWS = 128  # packed at a time, so that they stay in the cache and little is held twice
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 INT8, INT4 = 3, 4
+COUNT = 16383  # at most: what 128 columns of int4 come to then fits 32 bits
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class Packed:
     rows: int
     columns: int
     data: Tensor
-    scales: Tensor | None = None
+    scales: Tensor | None = None  # of a row of whole numbers
+    counts: Tensor | None = None  # by which a group of int4 counts
     group: int = BLOCK
 
 
@@ -51,13 +53,13 @@ def pack(
         if packed is None:
             places = (
                 None if part is None else room((panels, *part.shape[1:]), dtype=part.dtype)
-                for part in (piece.data, piece.scales)
+                for part in (piece.data, piece.scales, piece.counts)
             )
             packed = Packed(piece.kind, rows, weight.shape[1], *places, piece.group)
         end = done + len(piece.data)
-        packed.data[done:end] = piece.data
-        if piece.scales is not None:
-            packed.scales[done:end] = piece.scales
+        for whole, part in ((packed.data, piece.data), (packed.scales, piece.scales), (packed.counts, piece.counts)):
+            if part is not None:
+                whole[done:end] = part
         done = end
     return packed
 
@@ -99,8 +101,7 @@ def _pack_floats(weight: Tensor) -> Packed:
 def _pack_int8(weight: Quantized) -> Packed:
     rows, columns = weight.numbers.shape
     unsigned = weight.numbers.view(torch.uint8) ^ 128
-    scales = F.pad(weight.scales.float(), (0, -rows % PANEL)).unflatten(0, (-1, PANEL))
-    return Packed(INT8, rows, columns, _words_together(_panels(unsigned, 64, 128)), scales)
+    return Packed(INT8, rows, columns, _words_together(_panels(unsigned, 64, 128)), _of_rows(weight.scales))
 
 
 def _pack_int4(weight: Quantized, group: int) -> Packed:
@@ -108,5 +109,14 @@ def _pack_int4(weight: Quantized, group: int) -> Packed:
     # Of eight neighbouring columns the first four are the low halves of four bytes, the others the high ones.
     eights = _panels(weight.numbers, value=8).unflatten(2, (-1, 2, 4))
     data = _words_together((eights[..., 0, :] | eights[..., 1, :] << 4).flatten(2))
-    scales = _panels(weight.scales).transpose(1, 2).contiguous()
-    return Packed(INT4, rows, columns, data, scales, group)
+    # Groups' scales as whole numbers, as large as can be, by one of the row: so exact as their 16 bits, or almost.
+    groups = weight.scales.float()
+    scales = groups.abs().amax(1) / COUNT
+    counts = (groups / scales[:, None]).round().nan_to_num(0).to(torch.int16)  # of rows of zeros, 0 / 0
+    counts = _panels(counts).transpose(1, 2).contiguous()
+    return Packed(INT4, rows, columns, data, _of_rows(scales), counts, group)
+
+
+def _of_rows(scales: Tensor) -> Tensor:
+    """A number for each row: (panels, PANEL)."""
+    return F.pad(scales.float(), (0, -len(scales) % PANEL)).unflatten(0, (-1, PANEL))

@@ -32,6 +32,7 @@ class _Matrix(Structure):
         ("columns", c_int64),
         ("data", c_void_p),
         ("scales", c_void_p),
+        ("counts", c_void_p),
         ("tightness", c_void_p),  # the kernels fill it in
     ]
 
@@ -197,8 +198,8 @@ class CpuRunner:
 
     def _matrix(self, weight: Tensor, scheme: Scheme | None = None, beside: Tensor | None = None) -> _Matrix:
         packed = pack(weight, scheme, beside, self._arena.take)
-        scales = None if packed.scales is None else self._keep(packed.scales)
-        return _Matrix(packed.kind, packed.group, packed.rows, packed.columns, self._keep(packed.data), scales)
+        places = (None if part is None else self._keep(part) for part in (packed.data, packed.scales, packed.counts))
+        return _Matrix(packed.kind, packed.group, packed.rows, packed.columns, *places)
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> Tensor | None:

@@ -154,12 +154,13 @@ static const char* as_signed(const char* from, int64_t bytes) {
     char* const to = memory.data() + -reinterpret_cast<uintptr_t>(memory.data()) % LINE;
     const __m512i offset = _mm512_set1_epi8(char(OFFSET<KIND>));
     for (int64_t line = 0; line < bytes; line += LINE) {
-        const Bytes<KIND> v = load_bytes<KIND>(from + line);
+        __m512i first = _mm512_loadu_si512(from + line), second;
         if constexpr (KIND == INT4) {
-            _mm512_store_si512(to + 2 * line, _mm512_sub_epi8(low_halves(v).v, offset));
-            _mm512_store_si512(to + 2 * line + LINE, _mm512_sub_epi8(high_halves(v).v, offset));
+            load_halves(from + line, first, second);
+            _mm512_store_si512(to + 2 * line, _mm512_sub_epi8(first, offset));
+            _mm512_store_si512(to + 2 * line + LINE, _mm512_sub_epi8(second, offset));
         } else {
-            _mm512_store_si512(to + line, _mm512_sub_epi8(v.v, offset));
+            _mm512_store_si512(to + line, _mm512_sub_epi8(first, offset));
         }
     }
     return to;
@@ -185,47 +186,58 @@ static void add_pairs(const Activations& a, int64_t token, bool more, int64_t fr
     store_sums(totals, more);
 }
 
-// The same with whole numbers; a token's scale and a group's are applied as whole_tile does, to what a block of columns
-// came to while the next one's products are on their way.
+// The same with whole numbers. What a piece of columns came to is counted, and what a block did is scaled, while the next
+// one's products are on their way: sums of int8 pass by as they are, those of int4 by their groups' counts.
 template <int KIND, Bits BITS>
 static void add_whole(const Matrix& w, const Activations& a, int64_t token, int64_t count, int64_t from, int64_t to,
                       int64_t panel, int64_t other, const char* p, const char* q, Asked& asked, Block& totals) {
-    constexpr int64_t EACH = block_of(KIND), PIECE = KIND == INT4 ? BLOCK : LINE;  // columns of a line of tiles
-    constexpr int64_t LINES = TWO_SIDES / (4 * EACH / PIECE);                      // of sums behind each product
+    constexpr int64_t PIECE = KIND == INT4 ? BLOCK : ROUND, TILE = KIND == INT4 ? BLOCK : LINE;  // columns
+    constexpr int64_t LINES = TWO_SIDES / (4 * PIECE / TILE);  // of sums behind each product
     const bool more = count > TILE_SIDE;
     if (from == 0) std::memset(totals, 0, count * sizeof(totals[0]));
-    alignas(LINE) WholeBlock sums;
+    alignas(LINE) WholeBlock sums, counted;
     int64_t line = count, place = 0;  // of the sums that are not added yet
-    const int64_t each = a.each<KIND>();
-    Floats scale[2];
+    const int64_t each = a.each();
+    bool first = true, last = true;  // piece of its block
+    __m512i counts[2] = {};
     const auto add_lines = [&](int64_t end) {
+        if (KIND == INT4 && !last) {
+            for (; line < end; line++)
+                UNROLL for (int i = 0; i < 2; i++) {
+                    int32_t* const at = counted[line] + i * PANEL;
+                    const __m512i before = first ? _mm512_setzero_si512() : _mm512_load_si512(at);
+                    _mm512_store_si512(at, add_counted(before, _mm512_load_si512(sums[line] + i * PANEL), counts[i]));
+                }
+            return;
+        }
         for (; line < end; line++) {
             const Floats factor = all(a.scales[place + line * each]);
             UNROLL for (int i = 0; i < 2; i++) {
                 __m512i dots = _mm512_load_si512(sums[line] + i * PANEL);
                 if constexpr (BITS == UNSIGNED)
                     dots = _mm512_add_epi32(dots, _mm512_set1_epi32(a.offsets[place + line * each]));
-                float* to = totals[line] + i * PANEL;
-                store(to, fused(Floats{_mm512_cvtepi32_ps(dots)}, KIND == INT4 ? factor * scale[i] : factor, load(to)));
+                if constexpr (KIND == INT4) {
+                    const __m512i before = first ? _mm512_setzero_si512() : _mm512_load_si512(counted[line] + i * PANEL);
+                    dots = add_counted(before, dots, counts[i]);
+                }
+                float* const at = totals[line] + i * PANEL;
+                store(at, fused(Floats{_mm512_cvtepi32_ps(dots)}, factor, load(at)));
             }
         }
     };
-    for (int64_t b = from / EACH; b * EACH < to; b++) {
+    for (int64_t b = from; b < to; b += PIECE) {
         zero_sums(more);
-        const int64_t end = std::min((b + 1) * EACH, to);
-        for (int64_t k = b * EACH; k < end; k += PIECE) {
+        for (int64_t k = b; k < std::min(b + PIECE, to); k += TILE) {
             asked.next();
             multiply_tiles<BITS>(a.narrow_at(token, k), a.between(), more, p + k * PANEL, q + k * PANEL, LINE,
                                  [&] { add_lines(std::min(line + LINES, count)); });
         }
         add_lines(count);
         store_sums(sums, more);
-        line = 0, place = a.place<KIND>(token, b);
+        line = 0, place = a.place(token, b / ROUND);
         if constexpr (KIND == INT4) {
-            const int64_t groups = w.columns / w.group, group = b / (w.group / BLOCK);
-            const char* scales = static_cast<const char*>(w.scales);
-            scale[0] = load_as<FLOAT16>(scales + (panel * groups + group) * PANEL * 2);
-            scale[1] = load_as<FLOAT16>(scales + (other * groups + group) * PANEL * 2);
+            first = b % ROUND == 0, last = (b + PIECE) % ROUND == 0 || b + PIECE == w.columns;
+            counts[0] = load_counts(w.counts_at(panel, b)), counts[1] = load_counts(w.counts_at(other, b));
         }
     }
     add_lines(count);
@@ -276,8 +288,7 @@ static void tiles_of(const Matrix& w, const Activations& a, int64_t tokens, int6
                 for (int64_t m = 0; m < count; m++)
                     for (int64_t i = 0; i < std::min<int64_t>(2, to - panel); i++) {
                         Floats v = load(sums[m] + i * PANEL);
-                        if constexpr (KIND == INT8)
-                            v = v * load(static_cast<const float*>(w.scales) + (panel + i) * PANEL);
+                        if constexpr (KIND != BFLOAT16) v = v * load(w.scales + (panel + i) * PANEL);
                         put(y + (token + m) * stride + (panel + i) * PANEL, v, add);
                     }
             }

@@ -78,6 +78,11 @@ static inline __m512i add_bytes(__m512i sums, __m512i bytes, __m512i signed_byte
     asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(bytes), "v"(signed_bytes));
     return sums;
 }
+// ... or the products of two whole numbers of 16 bits:
+static inline __m512i add_counted(__m512i sums, __m512i a, __m512i b) {
+    asm("vpdpwssd %2, %1, %0" : "+v"(sums) : "v"(a), "v"(b));
+    return sums;
+}
 #ifdef PAIRS
 // ... or of two bfloat16 with two others.
 static inline __m512 add_pairs(__m512 sums, __m512i a, __m512i b) {

@@ -1,4 +1,6 @@
 // Products with weights of whole numbers: four or eight columns of sixteen rows at once, and one scale for a block's sum.
+// Of int4 each 32 columns come to at most 32 * 8 * 127, and count by their group's number of at most 16,383: so four
+// times that fits 32 bits.
 #pragma once
 
 #include "packed.h"
@@ -13,65 +15,10 @@ static inline int32_t load_int(const int8_t* p) {
 template <int KIND>
 constexpr int32_t OFFSET = KIND == INT4 ? 8 : 128;
 
-#ifdef WIDE
+#ifndef WIDE
 
-template <int KIND>
-struct Bytes {
-    __m512i v;
-};
-template <int KIND>
-struct Dots {
-    __m512i v;
-};
-template <int KIND>
-struct Four {
-    __m512i v;
-};
-template <int KIND>
-static inline Bytes<KIND> load_bytes(const char* p) {
-    return {_mm512_loadu_si512(p)};
-}
-static inline Bytes<INT4> low_halves(Bytes<INT4> x) { return {_mm512_and_si512(x.v, _mm512_set1_epi8(15))}; }
-static inline Bytes<INT4> high_halves(Bytes<INT4> x) {
-    return {_mm512_and_si512(_mm512_srli_epi16(x.v, 4), _mm512_set1_epi8(15))};
-}
-// Four columns of a token, for all rows.
-template <int KIND>
-static inline Four<KIND> load_four(const int8_t* p) {
-    return {_mm512_set1_epi32(load_int(p))};
-}
-template <int KIND>
-static inline Dots<KIND> begin(int32_t offset) {
-    return {_mm512_set1_epi32(offset)};
-}
-template <int KIND>
-static inline Dots<KIND> dot(Dots<KIND> sums, Bytes<KIND> w, Four<KIND> x) {
-    return {add_bytes(sums.v, w.v, x.v)};
-}
-template <int KIND>
-static inline Floats total(Dots<KIND> sums, int32_t) {
-    return {_mm512_cvtepi32_ps(sums.v)};
-}
-
-#else
-
-// For int4: sums of 16 bits, which hold a block's eight products of at most 15 * 127 * 2.
-template <int KIND>
-struct Bytes {
-    __m256i low, high;
-};
-template <int KIND>
-struct Dots {
-    __m256i low, high;
-};
-template <int KIND>
-struct Four {
-    __m256i v;
-};
-
-// Written as instructions, because GCC moves additions of whole numbers behind all products and runs out of registers.
-static inline void add16(__m256i& sum, __m256i v) { asm("vpaddw %1, %0, %0" : "+x"(sum) : "x"(v)); }
-// Eight columns of a token times sixteen rows, added to the chains of the low and of the high rows: `first` are four
+// Written as instructions, because GCC moves additions of whole numbers behind all products and runs out of registers:
+// eight columns of a token times sixteen rows, added to the chains of the low and of the high rows. `first` are four
 // columns of these rows, `second` the other four.
 static inline void add_eight(__m256i (&chains)[2], const __m256i (&first)[2], const __m256i (&second)[2],
                              const int8_t* x) {
@@ -86,40 +33,6 @@ static inline void add_eight(__m256i (&chains)[2], const __m256i (&first)[2], co
           "x"(first[0]), "x"(first[1]), "x"(second[0]), "x"(second[1]));
 }
 
-template <int KIND>
-static inline Bytes<KIND> load_bytes(const char* p) {
-    const __m256i* v = reinterpret_cast<const __m256i*>(p);
-    return {_mm256_loadu_si256(v), _mm256_loadu_si256(v + 1)};
-}
-static inline Bytes<INT4> low_halves(Bytes<INT4> x) {
-    const __m256i mask = _mm256_set1_epi8(15);
-    return {_mm256_and_si256(x.low, mask), _mm256_and_si256(x.high, mask)};
-}
-static inline Bytes<INT4> high_halves(Bytes<INT4> x) {
-    const __m256i mask = _mm256_set1_epi8(15);
-    return {_mm256_and_si256(_mm256_srli_epi16(x.low, 4), mask), _mm256_and_si256(_mm256_srli_epi16(x.high, 4), mask)};
-}
-template <int KIND>
-static inline Four<KIND> load_four(const int8_t* p) {
-    return {_mm256_set1_epi32(load_int(p))};
-}
-template <int KIND>
-static inline Dots<KIND> begin(int32_t) {
-    return {_mm256_setzero_si256(), _mm256_setzero_si256()};
-}
-template <int KIND>
-static inline Dots<KIND> dot(Dots<KIND> sums, Bytes<KIND> w, Four<KIND> x) {
-    add16(sums.low, _mm256_maddubs_epi16(w.low, x.v));
-    add16(sums.high, _mm256_maddubs_epi16(w.high, x.v));
-    return sums;
-}
-template <int KIND>
-static inline Floats total(Dots<KIND> sums, int32_t offset) {
-    const __m256i ones = _mm256_set1_epi16(1), begun = _mm256_set1_epi32(offset);
-    return {_mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_madd_epi16(sums.low, ones), begun)),
-            _mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_madd_epi16(sums.high, ones), begun))};
-}
-
 #endif
 
 // --- activations ---
@@ -130,15 +43,14 @@ static inline Floats sizes(Floats x) {
     return magnitude(x);
 }
 
-// Products with int8 are added in 16 bits by AVX2, in chains: of 32 columns sixteen make one, the first two of every four
-// columns, and sixteen the other. Whether sums overflow on the way there does not matter, as what they come to is known to
-// fit: it is at most the norm of a row's weights times that of the activations (Cauchy and Schwarz), which are rounded so.
+// AVX2 adds products in 16 bits, in chains: of 32 columns sixteen make one, the first two of every four columns, and sixteen
+// the other. Whether sums overflow on the way there does not matter, as what they come to is known to fit: with int4 always,
+// with int8 it is at most the norm of a row's weights times that of the activations (Cauchy and Schwarz), which are rounded
+// so.
 #ifdef WIDE
-template <int KIND>
 constexpr bool CHAINED = false;
 #else
-template <int KIND>
-constexpr bool CHAINED = KIND == INT8;
+constexpr bool CHAINED = true;
 
 // Nor may two neighbours' sums exceed it, for an instruction adds two products first and cuts off what exceeds 16 bits:
 // beside weights of up to 255, 128 would fit, and rounding contributes 1.
@@ -148,6 +60,10 @@ inline Floats sizes<INT8>(Floats x) {
     return larger(magnitude(x), magnitude({sums_of_two(x.low), sums_of_two(x.high)}));
 }
 #endif
+
+// Whether each 32 columns are summed for themselves, and so begin with an offset of theirs.
+template <int KIND>
+constexpr bool BY_RUNS = CHAINED || KIND == INT4;
 
 // Of 32 columns of all rows, from `run` on to before `last`: 1 by the square of what the norm of a chain's activations
 // may be before they are rounded, which adds at most 2 to it.
@@ -205,14 +121,13 @@ static inline void narrow_sixteen(int8_t* to, Floats x, __m256i& sums) {
 
 template <int KIND>
 static void narrow_activations(const Activations& a, int64_t token, const Matrix& w) {
-    constexpr int64_t EACH = block_of(KIND);
-    const int64_t blocks = (w.columns + EACH - 1) / EACH;
+    const int64_t blocks = (w.columns + ROUND - 1) / ROUND;
     const float* x = a.values + token * a.stride;
-    for (int64_t b = 0; b < blocks; b++, x += EACH) {
-        int8_t* q = a.narrow_at(token, b * EACH);
-        const int64_t place = a.place<KIND>(token, b);
+    for (int64_t b = 0; b < blocks; b++, x += ROUND) {
+        int8_t* q = a.narrow_at(token, b * ROUND);
+        const int64_t place = a.place(token, b);
         Floats most = zeros(), none = zeros();
-        for (int64_t i = 0; i < EACH; i += LANES) {
+        for (int64_t i = 0; i < ROUND; i += LANES) {
             const Floats v = load(x + i);
             most = larger(sizes<KIND>(v), most);
             none = fused(v, zeros(), none);  // zero, unless something is no number or infinite
@@ -220,50 +135,65 @@ static void narrow_activations(const Activations& a, int64_t token, const Matrix
         const float largest = largest_of(most);
         const float most_of = largest > 4e-37f ? largest : 0.0f;  // below, the factor would be infinite
         float scale = most_of / 127, factor = most_of > 0 ? 127 / most_of : 0.0f;
-        if constexpr (CHAINED<KIND>) {
-            const float more = stretch(x, factor, w.tightness + b * EACH / BLOCK);
+        if constexpr (CHAINED && KIND == INT8) {
+            const float more = stretch(x, factor, w.tightness + b * RUNS);
             scale *= more;
             factor /= more;
         }
         int32_t offset = 0;
-        for (int64_t i = 0; i < EACH; i += BLOCK) {
+        for (int64_t i = 0; i < ROUND; i += BLOCK) {
             __m256i sums = _mm256_setzero_si256();
             for (int64_t k = i; k < i + BLOCK; k += LANES) narrow_sixteen(q + k, load(x + k) * all(factor), sums);
             __m128i s = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
             s = _mm_mullo_epi32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)), _mm_set1_epi32(-OFFSET<KIND>));
             const int32_t first = _mm_cvtsi128_si32(s), second = _mm_extract_epi32(s, 2);
-            if constexpr (CHAINED<KIND>)  // what the two chains begin with
-                a.offsets[EACH / BLOCK * place + i / BLOCK] = int32_t(uint32_t(second) << 16 | (first & 0xffff));
+            if constexpr (CHAINED)  // what the two chains begin with
+                a.offsets[RUNS * place + i / BLOCK] = int32_t(uint32_t(second) << 16 | (first & 0xffff));
+            else if constexpr (BY_RUNS<KIND>)
+                a.offsets[RUNS * place + i / BLOCK] = first + second;
             else
                 offset += first + second;
         }
-        if constexpr (!CHAINED<KIND>) a.offsets[place] = offset;
+        if constexpr (!BY_RUNS<KIND>) a.offsets[place] = offset;
         a.scales[place] = scale + sum_of(none);
     }
 }
 
-// The sums of one block of columns, whose weights are at `p`. Meanwhile N lines in every step, from one panel after the
-// other, are asked for, beginning at `next`.
+#ifdef WIDE
+
+// What the sums of 32 columns count by: the low halves of 32 bits.
+static inline __m512i load_counts(const int16_t* p) {
+    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+
+// Four columns of int4 for sixteen rows, and the next four.
+static inline void load_halves(const char* p, __m512i& first, __m512i& second) {
+    const __m512i both = _mm512_loadu_si512(p), low = _mm512_set1_epi8(15);
+    first = _mm512_and_si512(both, low);
+    second = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
+}
+
+// M tokens times P panels.
+template <int M, int P>
+using Dots = __m512i[M][P];
+
+// Adds the products with so many columns, from `column` of the block on, whose weights are at `p`. Meanwhile N lines in
+// every step, from one panel after the other, are asked for, beginning at `next`.
 template <int KIND, int M, int P, int N>
-static inline void whole_sums(const Activations& a, int64_t token, int64_t b, int64_t columns,
-                              const char* const (&p)[P], const char* const (&next)[P], Dots<KIND> (&sums)[M][P]) {
-    constexpr int64_t EACH = block_of(KIND), STEP = KIND == INT4 ? 8 : 4;  // columns in 64 bytes of a panel
+static inline void add_columns(const int8_t* const (&x)[M], int64_t column, int64_t columns, const char* const (&p)[P],
+                               const char* const (&next)[P], Dots<M, P>& sums) {
+    constexpr int64_t STEP = KIND == INT4 ? 8 : 4;  // columns in 64 bytes of a panel
     constexpr int TURN = N == P ? 1 : P;  // steps that are written out, so that every panel gets its turn
-    if (M > 6 && !a.few()) __builtin_unreachable();  // then all lie at places that the compiler knows
-    const int64_t between = a.between(), each = a.each<KIND>();
-    const int8_t* x[M];
-    x[0] = a.narrow_at(token, b * EACH);
-    UNROLL for (int m = 1; m < M; m++) x[m] = x[m - 1] + between;
-    const int32_t* offset = a.offsets + a.place<KIND>(token, b);
-    UNROLL for (int m = 0; m < M; m++, offset += each)
-        UNROLL for (int i = 0; i < P; i++) sums[m][i] = begin<KIND>(*offset);
-    const int64_t steps = (std::min(EACH, columns - b * EACH) + STEP - 1) / STEP;
-    for (int64_t s = 0; s < steps; s += TURN)
+    const int64_t first = column / STEP, last = first + (columns + STEP - 1) / STEP;
+    for (int64_t s = first; s < last; s += TURN)
         UNROLL for (int u = 0; u < TURN; u++) {
-            Bytes<KIND> v[P], more[P];
+            __m512i v[P], more[P];
             UNROLL for (int i = 0; i < P; i++) {
-                v[i] = load_bytes<KIND>(p[i] + (s + u) * 64);
-                if constexpr (KIND == INT4) more[i] = high_halves(v[i]), v[i] = low_halves(v[i]);
+                const char* at = p[i] + (s + u) * LINE;
+                if constexpr (KIND == INT4)
+                    load_halves(at, v[i], more[i]);
+                else
+                    v[i] = _mm512_loadu_si512(at);
             }
             UNROLL for (int i = 0; i < N; i++) {
                 const int n = u * N + i;
@@ -271,96 +201,145 @@ static inline void whole_sums(const Activations& a, int64_t token, int64_t b, in
             }
             UNROLL for (int m = 0; m < M; m++) {
                 const int8_t* at = x[m] + (s + u) * STEP;
-                Four<KIND> four = load_four<KIND>(at);
-                UNROLL for (int i = 0; i < P; i++) sums[m][i] = dot<KIND>(sums[m][i], v[i], four);
+                __m512i four = _mm512_set1_epi32(load_int(at));
+                UNROLL for (int i = 0; i < P; i++) sums[m][i] = add_bytes(sums[m][i], v[i], four);
                 if constexpr (KIND == INT4) {
-                    four = load_four<KIND>(at + 4);
-                    UNROLL for (int i = 0; i < P; i++) sums[m][i] = dot<KIND>(sums[m][i], more[i], four);
+                    four = _mm512_set1_epi32(load_int(at + 4));
+                    UNROLL for (int i = 0; i < P; i++) sums[m][i] = add_bytes(sums[m][i], more[i], four);
                 }
             }
         }
 }
 
-// What a block's sums are worth: by the tokens' scales and, of int4, the weights'.
-template <int KIND, int M, int P>
-static inline void add_block(const Activations& a, int64_t token, int64_t b, const Dots<KIND> (&sums)[M][P],
-                             [[maybe_unused]] const Floats* scales, Floats (&totals)[M][P]) {
-    if (M > 6 && !a.few()) __builtin_unreachable();
-    const int64_t place = a.place<KIND>(token, b), each = a.each<KIND>();
-    UNROLL for (int m = 0; m < M; m++) {
-        const Floats of_token = all(a.scales[place + m * each]);
-        UNROLL for (int i = 0; i < P; i++) {
-            const Floats factor = KIND == INT4 ? of_token * scales[i] : of_token;
-            totals[m][i] = fused(total<KIND>(sums[m][i], a.offsets[place + m * each]), factor, totals[m][i]);
+// The sums of one block of columns, whose weights are at `p`; the rest as above.
+template <int KIND, int M, int P, int N>
+static inline void whole_sums(const Matrix& w, const Activations& a, int64_t token, int64_t panel, int64_t b,
+                              const char* const (&p)[P], const char* const (&next)[P], Dots<M, P>& sums) {
+    if (M > 6 && !a.few()) __builtin_unreachable();  // then all lie at places that the compiler knows
+    const int64_t between = a.between(), each = a.each(), columns = std::min(ROUND, w.columns - b * ROUND);
+    const int8_t* x[M];
+    x[0] = a.narrow_at(token, b * ROUND);
+    UNROLL for (int m = 1; m < M; m++) x[m] = x[m - 1] + between;
+    const int32_t* offset = a.offsets + a.place(token, b) * (BY_RUNS<KIND> ? RUNS : 1);
+    if constexpr (KIND == INT8) {
+        UNROLL for (int m = 0; m < M; m++)
+            UNROLL for (int i = 0; i < P; i++) sums[m][i] = _mm512_set1_epi32(offset[m * each]);
+        add_columns<KIND, M, P, N>(x, 0, columns, p, next, sums);
+    } else {
+        UNROLL for (int m = 0; m < M; m++)
+            UNROLL for (int i = 0; i < P; i++) sums[m][i] = _mm512_setzero_si512();
+        const int64_t next_panel = w.counts_between();
+        for (int64_t k = 0; k < columns; k += BLOCK, offset++) {
+            const int16_t* const count = w.counts_at(panel, b * ROUND + k);
+            Dots<M, P> run;
+            __m512i counts[P];
+            UNROLL for (int m = 0; m < M; m++)
+                UNROLL for (int i = 0; i < P; i++) run[m][i] = _mm512_set1_epi32(offset[m * each * RUNS]);
+            add_columns<KIND, M, P, N>(x, k, BLOCK, p, next, run);
+            UNROLL for (int i = 0; i < P; i++) counts[i] = load_counts(count + i * next_panel);
+            UNROLL for (int m = 0; m < M; m++)
+                UNROLL for (int i = 0; i < P; i++) sums[m][i] = add_counted(sums[m][i], run[m][i], counts[i]);
         }
     }
 }
 
-// Totals of an int8 matrix by its rows' scales.
+// What a block's sums are worth, but for the rows' scales.
+template <int M, int P>
+static inline void add_block(const Activations& a, int64_t token, int64_t b, const Dots<M, P>& sums,
+                             Floats (&totals)[M][P]) {
+    if (M > 6 && !a.few()) __builtin_unreachable();
+    const float* scale = a.scales + a.place(token, b);
+    UNROLL for (int m = 0; m < M; m++)
+        UNROLL for (int i = 0; i < P; i++)
+            totals[m][i] = fused(Floats{_mm512_cvtepi32_ps(sums[m][i])}, all(scale[m * a.each()]), totals[m][i]);
+}
+
 template <int M, int P>
 static inline void scale_rows(const Matrix& w, int64_t panel, Floats (&totals)[M][P]) {
     UNROLL for (int i = 0; i < P; i++) {
-        const Floats scale = load(static_cast<const float*>(w.scales) + (panel + i) * PANEL);
+        const Floats scale = load(w.scales + (panel + i) * PANEL);
         UNROLL for (int m = 0; m < M; m++) totals[m][i] = totals[m][i] * scale;
     }
 }
 
 template <int KIND, int M, int P>
 static void whole_tile(const Matrix& w, const Activations& a, int64_t token, int64_t panel, Floats (&totals)[M][P]) {
-    constexpr int64_t EACH = block_of(KIND), BYTES = EACH * PANEL / (KIND == INT4 ? 2 : 1);  // of a block's panel
-    const int64_t blocks = (w.columns + EACH - 1) / EACH;
-    const int64_t groups = KIND == INT4 ? w.columns / w.group : 1, each = w.group / BLOCK;
+    constexpr int64_t BYTES = ROUND * PANEL / (KIND == INT4 ? 2 : 1);  // of a block's panel
     const char *p[P], *next[P];
     UNROLL for (int i = 0; i < P; i++) p[i] = w.panel(panel + i);
-    for (int64_t b = 0; b < blocks; b++) {
-        Dots<KIND> sums[M][P];
+    for (int64_t b = 0; b * ROUND < w.columns; b++) {
+        Dots<M, P> sums;
         UNROLL for (int i = 0; i < P; i++) next[i] = p[i] + AHEAD;
-        whole_sums<KIND, M, P, P>(a, token, b, w.columns, p, next, sums);
-        Floats scales[P];
-        if constexpr (KIND == INT4)
-            UNROLL for (int i = 0; i < P; i++)
-                scales[i] = load_as<FLOAT16>(static_cast<const char*>(w.scales) +
-                                             ((panel + i) * groups + b / each) * PANEL * 2);
-        add_block<KIND, M, P>(a, token, b, sums, scales, totals);
+        whole_sums<KIND, M, P, P>(w, a, token, panel, b, p, next, sums);
+        add_block<M, P>(a, token, b, sums, totals);
         UNROLL for (int i = 0; i < P; i++) p[i] += BYTES;
     }
-    if constexpr (KIND == INT8) scale_rows<M, P>(w, panel, totals);
+    scale_rows<M, P>(w, panel, totals);
 }
 
-#ifndef WIDE
+#else
 
-// Adds what one block of int8 weights, at `weights` and `between` bytes further for each of P panels, comes to with
-// `groups` of M tokens, which lie ROUND bytes apart. Meanwhile LINES lines of each panel from `next` on are asked for with
-// every eight columns, the next ones `step` bytes further, and `part` bytes further for the next group. A function of its
-// own, for GCC keeps the chains of a larger one in memory.
-template <int M, int P, int LINES>
+template <int KIND>
+constexpr int64_t EIGHT = 8 * PANEL / (KIND == INT4 ? 2 : 1);  // bytes of eight columns
+
+// What the sums of 32 columns count by, for the low and the high rows.
+using Counts = __m256i[2];
+
+static inline void load_counts(const int16_t* p, Counts& to) {
+    UNROLL for (int i = 0; i < 2; i++) {
+        const __m256i low = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p) + i));
+        to[i] = _mm256_or_si256(low, _mm256_slli_epi32(low, 16));
+    }
+}
+
+// Four columns of sixteen rows, and the next four.
+template <int KIND>
+static inline void load_eight(const char* p, __m256i (&first)[2], __m256i (&second)[2]) {
+    const __m256i* const at = reinterpret_cast<const __m256i*>(p);
+    const __m256i low = _mm256_set1_epi8(15);
+    UNROLL for (int i = 0; i < 2; i++) {
+        first[i] = _mm256_loadu_si256(at + i);
+        if constexpr (KIND == INT8) {
+            second[i] = _mm256_loadu_si256(at + 2 + i);
+        } else {
+            second[i] = _mm256_and_si256(_mm256_srli_epi16(first[i], 4), low);
+            first[i] = _mm256_and_si256(first[i], low);
+        }
+    }
+}
+
+// Adds what one block of weights, at `weights` and `between` bytes further for each of P panels, comes to with `groups` of
+// M tokens, which lie ROUND bytes apart. Meanwhile LINES lines of each panel from `next` on are asked for with every eight
+// columns, the next ones `step` bytes further, and `part` bytes further for the next group. A function of its own, for GCC
+// keeps the chains of a larger one in memory.
+template <int KIND, int M, int P, int LINES>
 [[gnu::noinline]] static void add_eights(int64_t groups, const int8_t* tokens, int64_t columns, const int32_t* offsets,
-                                         const float* scales, const char* weights, int64_t between, const char* next,
-                                         int64_t part, int64_t step, Floats (*totals)[P]) {
-    constexpr int64_t RUNS = ROUND / BLOCK;
+                                         const float* scales, const char* weights, int64_t between,
+                                         [[maybe_unused]] const Counts (*counts)[P], const char* next, int64_t part,
+                                         int64_t step, Floats (*totals)[P]) {
     for (; groups > 0; groups--, tokens += M * ROUND, offsets += M * RUNS, scales += M, next += part, totals += M) {
         __m256i sums[M][P][2] = {};
         const char *p = weights, *n = next;
-        const int32_t* offset = offsets;
-        for (const int8_t *x = tokens, *end = x + columns; x < end; offset++) {
+        for (int64_t run = 0; run * BLOCK < columns; run++) {
+            const int8_t* x = tokens + run * BLOCK;
             __m256i chains[M][P][2];
             UNROLL for (int m = 0; m < M; m++)
                 UNROLL for (int i = 0; i < P; i++)
-                    chains[m][i][0] = chains[m][i][1] = _mm256_set1_epi32(offset[m * RUNS]);
-            UNROLL for (int k = 0; k < BLOCK; k += 8, x += 8, p += 8 * PANEL, n += step)
+                    chains[m][i][0] = chains[m][i][1] = _mm256_set1_epi32(offsets[m * RUNS + run]);
+            UNROLL for (int k = 0; k < BLOCK; k += 8, x += 8, p += EIGHT<KIND>, n += step)
                 UNROLL for (int i = 0; i < P; i++) {
                     UNROLL for (int line = 0; line < LINES; line++)
                         _mm_prefetch(n + i * between + line * LINE, _MM_HINT_T0);
-                    const __m256i* const at = reinterpret_cast<const __m256i*>(p + i * between);
-                    const __m256i first[] = {_mm256_loadu_si256(at), _mm256_loadu_si256(at + 1)};
-                    const __m256i second[] = {_mm256_loadu_si256(at + 2), _mm256_loadu_si256(at + 3)};
+                    __m256i first[2], second[2];
+                    load_eight<KIND>(p + i * between, first, second);
                     UNROLL for (int m = 0; m < M; m++) add_eight(chains[m][i], first, second, x + m * ROUND);
                 }
             UNROLL for (int m = 0; m < M; m++)
                 UNROLL for (int i = 0; i < P; i++)
-                    UNROLL for (int h = 0; h < 2; h++)
-                        sums[m][i][h] = _mm256_add_epi32(
-                            sums[m][i][h], _mm256_madd_epi16(chains[m][i][h], _mm256_set1_epi16(1)));
+                    UNROLL for (int h = 0; h < 2; h++) {
+                        const __m256i count = KIND == INT4 ? counts[run][i][h] : _mm256_set1_epi16(1);
+                        sums[m][i][h] = _mm256_add_epi32(sums[m][i][h], _mm256_madd_epi16(chains[m][i][h], count));
+                    }
         }
         UNROLL for (int m = 0; m < M; m++) {
             const Floats factor = all(scales[m]);
