@@ -88,6 +88,7 @@ inline __m256i read_some_of_half(__mmask16 mask, const void* p) {
 }
 
 inline __m512 set1_ps(float x) { return twice<__m512>(_mm256_set1_ps(x)); }
+inline __m512i setzero_si512() { return __m512i{}; }
 inline __m512i set1_epi32(int x) { return twice<__m512i>(_mm256_set1_epi32(x)); }
 inline __m512i set1_epi8(char x) { return twice<__m512i>(_mm256_set1_epi8(x)); }
 inline __m512 setzero_ps() { return set1_ps(0.0f); }
@@ -152,6 +153,11 @@ inline __m512 cvtepi32_ps(__m512i a) {
     const auto x = std::bit_cast<Two<__m256i>>(a);
     return std::bit_cast<__m512>(Two<__m256>{_mm256_cvtepi32_ps(x.low), _mm256_cvtepi32_ps(x.high)});
 }
+inline __m512i cvtepi16_epi32(__m256i a) {
+    return std::bit_cast<__m512i>(Two<__m256i>{_mm256_cvtepi16_epi32(_mm256_castsi256_si128(a)),
+                                               _mm256_cvtepi16_epi32(_mm256_extracti128_si256(a, 1))});
+}
+
 inline __m512i cvtepu16_epi32(__m256i a) {
     return std::bit_cast<__m512i>(Two<__m256i>{_mm256_cvtepu16_epi32(_mm256_castsi256_si128(a)),
                                                _mm256_cvtepu16_epi32(_mm256_extracti128_si256(a, 1))});
@@ -191,6 +197,7 @@ inline __m256 half(__m512 a, int which = 0) {
 #define _mm512_setzero_ps emulated::setzero_ps
 #define _mm512_set1_ps emulated::set1_ps
 #define _mm512_set1_epi32 emulated::set1_epi32
+#define _mm512_setzero_si512 emulated::setzero_si512
 #define _mm512_set1_epi8 emulated::set1_epi8
 #define _mm512_add_ps emulated::add_ps
 #define _mm512_sub_ps emulated::sub_ps
@@ -215,6 +222,7 @@ inline __m256 half(__m512 a, int which = 0) {
 #undef _mm512_srli_epi16
 #define _mm512_srli_epi16 emulated::srli_epi16
 #define _mm512_cvtepi32_ps emulated::cvtepi32_ps
+#define _mm512_cvtepi16_epi32 emulated::cvtepi16_epi32
 #define _mm512_cvtepu16_epi32 emulated::cvtepu16_epi32
 #define _mm512_cvtph_ps emulated::cvtph_ps
 #define _mm512_unpacklo_ps emulated::unpacklo_ps

@@ -187,11 +187,12 @@ static void add_pairs(const Activations& a, int64_t token, bool more, int64_t fr
 }
 
 // The same with whole numbers. What a piece of columns came to is counted, and what a block did is scaled, while the next
-// one's products are on their way: sums of int8 pass by as they are, those of int4 by their groups' counts.
-template <int KIND, Bits BITS>
+// one's products are on their way: sums of int8 pass by as they are, those of int4 by their groups' counts. Where groups are
+// whole blocks, so are pieces, and a count is multiplied with as a float, which rounds what is the same number.
+template <int KIND, Bits BITS, int64_t PIECE>
 static void add_whole(const Matrix& w, const Activations& a, int64_t token, int64_t count, int64_t from, int64_t to,
                       int64_t panel, int64_t other, const char* p, const char* q, Asked& asked, Block& totals) {
-    constexpr int64_t PIECE = KIND == INT4 ? BLOCK : ROUND, TILE = KIND == INT4 ? BLOCK : LINE;  // columns
+    constexpr int64_t TILE = std::min(PIECE, LINE);            // columns
     constexpr int64_t LINES = TWO_SIDES / (4 * PIECE / TILE);  // of sums behind each product
     const bool more = count > TILE_SIDE;
     if (from == 0) std::memset(totals, 0, count * sizeof(totals[0]));
@@ -200,8 +201,9 @@ static void add_whole(const Matrix& w, const Activations& a, int64_t token, int6
     const int64_t each = a.each();
     bool first = true, last = true;  // piece of its block
     __m512i counts[2] = {};
+    Floats factors[2];
     const auto add_lines = [&](int64_t end) {
-        if (KIND == INT4 && !last) {
+        if (PIECE < ROUND && !last) {
             for (; line < end; line++)
                 UNROLL for (int i = 0; i < 2; i++) {
                     int32_t* const at = counted[line] + i * PANEL;
@@ -216,12 +218,14 @@ static void add_whole(const Matrix& w, const Activations& a, int64_t token, int6
                 __m512i dots = _mm512_load_si512(sums[line] + i * PANEL);
                 if constexpr (BITS == UNSIGNED)
                     dots = _mm512_add_epi32(dots, _mm512_set1_epi32(a.offsets[place + line * each]));
-                if constexpr (KIND == INT4) {
+                if constexpr (PIECE < ROUND) {
                     const __m512i before = first ? _mm512_setzero_si512() : _mm512_load_si512(counted[line] + i * PANEL);
                     dots = add_counted(before, dots, counts[i]);
                 }
+                Floats sum{_mm512_cvtepi32_ps(dots)};
+                if constexpr (KIND == INT4 && PIECE == ROUND) sum = sum * factors[i];
                 float* const at = totals[line] + i * PANEL;
-                store(at, fused(Floats{_mm512_cvtepi32_ps(dots)}, factor, load(at)));
+                store(at, fused(sum, factor, load(at)));
             }
         }
     };
@@ -237,7 +241,13 @@ static void add_whole(const Matrix& w, const Activations& a, int64_t token, int6
         line = 0, place = a.place(token, b / ROUND);
         if constexpr (KIND == INT4) {
             first = b % ROUND == 0, last = (b + PIECE) % ROUND == 0 || b + PIECE == w.columns;
-            counts[0] = load_counts(w.counts_at(panel, b)), counts[1] = load_counts(w.counts_at(other, b));
+            const int16_t* const at[] = {w.counts_at(panel, b), w.counts_at(other, b)};
+            UNROLL for (int i = 0; i < 2; i++) {
+                if constexpr (PIECE < ROUND)
+                    counts[i] = load_counts(at[i]);
+                else
+                    factors[i] = float_counts(at[i]);
+            }
         }
     }
     add_lines(count);
@@ -248,7 +258,8 @@ template <int KIND, Bits BITS, typename F>
 static void tiles_of(const Matrix& w, const Activations& a, int64_t tokens, int64_t first, int64_t last, float* y,
                      int64_t stride, bool add, F&& next) {
     constexpr int64_t SIZE = KIND == BFLOAT16 ? 2 : 1;  // of a number in a tile
-    const Tiles tiles(KIND == INT4 ? BLOCK : LINE, std::min(tokens, TILE_SIDE));
+    const bool short_groups = KIND == INT4 && w.group % ROUND;
+    const Tiles tiles(short_groups ? BLOCK : LINE, std::min(tokens, TILE_SIDE));
     const char* data = w.panel(first);
     if constexpr (BITS == SIGNED) data = as_signed<KIND>(data, (last - first) * w.panel_bytes());
     const int64_t bytes = w.panel_bytes() * (KIND == INT4 ? 2 : 1);
@@ -279,8 +290,10 @@ static void tiles_of(const Matrix& w, const Activations& a, int64_t tokens, int6
                             for (int64_t i : {panel, other}) written_soon(y + (token + m) * stride + i * PANEL);
                     if constexpr (KIND == BFLOAT16)
                         add_pairs(a, token, count > TILE_SIDE, k, end, p, q, few ? &asked : nullptr, sums);
-                    else
-                        add_whole<KIND, BITS>(w, a, token, count, k, end, panel, other, p, q, asked, sums);
+                    else if (!short_groups)
+                        add_whole<KIND, BITS, ROUND>(w, a, token, count, k, end, panel, other, p, q, asked, sums);
+                    else if constexpr (KIND == INT4)
+                        add_whole<KIND, BITS, BLOCK>(w, a, token, count, k, end, panel, other, p, q, asked, sums);
                 }
             }
             for (int64_t panel = from; panel < to; panel += 2) {

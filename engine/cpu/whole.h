@@ -166,6 +166,10 @@ static inline __m512i load_counts(const int16_t* p) {
     return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 
+static inline Floats float_counts(const int16_t* p) {
+    return {_mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))))};
+}
+
 // Four columns of int4 for sixteen rows, and the next four.
 static inline void load_halves(const char* p, __m512i& first, __m512i& second) {
     const __m512i both = _mm512_loadu_si512(p), low = _mm512_set1_epi8(15);
