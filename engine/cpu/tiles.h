@@ -324,7 +324,7 @@ static void by_tiles(const Matrix& w, const Activations& a, int64_t tokens, int6
 // Whether tiles are the fastest for so many tokens; for bfloat16 that may not depend on them.
 static bool go_by_tiles([[maybe_unused]] const Matrix& w, [[maybe_unused]] int64_t tokens) {
 #ifdef TILES
-    const bool whole = (w.kind == INT8 && tokens > TILE_SIDE / 2) || (w.kind == INT4 && tokens > TILE_SIDE);
+    const bool whole = (w.kind == INT8 && tokens > TILE_SIDE / 4) || (w.kind == INT4 && tokens > TILE_SIDE);
     return Tiles::allowed() && (w.kind == BFLOAT16 || whole);
 #endif
     return false;
