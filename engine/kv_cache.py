@@ -6,6 +6,7 @@ head, Q = K * G, T cached positions, S tokens of one chunk, H head width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Ordered
 
 import torch
@@ -19,11 +20,20 @@ class KVCache:
     """Keys (already rotated) and values by layer, slot, head and position."""
 
     def __init__(
-        self, layers: int, slots: int, kv_heads: int, max_seq_len: int, head_dim: int, dtype: torch.dtype, device: str
+        self,
+        layers: int,
+        slots: int,
+        kv_heads: int,
+        max_seq_len: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: str,
+        take: Callable[[tuple[int, ...], torch.dtype], Tensor] | None = None,
     ) -> None:
+        """`take` gives memory of that shape, else it is PyTorch's own."""
         shape = (layers, slots, kv_heads, max_seq_len, head_dim)
-        self.keys_LBKTH = torch.zeros(shape, dtype=dtype, device=device)
-        self.values_LBKTH = torch.zeros(shape, dtype=dtype, device=device)
+        take = take or (lambda shape, dtype: torch.empty(shape, dtype=dtype, device=device))
+        self.keys_LBKTH, self.values_LBKTH = (take(shape, dtype).zero_() for _ in range(2))
         self._device = device
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Memory in huge pages for weights: a step reads all of them, and many small pages would take time to look up."""
+"""Memory in huge pages for what a step reads, weights and the cache: many small ones would take time to look up."""
 
 from __future__ import annotations
 

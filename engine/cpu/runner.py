@@ -155,6 +155,7 @@ class CpuRunner:
             args.head_dim,
             limits.dtype,
             "cpu",
+            self._arena.take,
         )
         self._rows = limits.max_batch_size + MAX_PROMPT_LOGIT_ROWS
         self._logits_RV = torch.empty(0, -(-output.rows // PANEL) * PANEL)
