@@ -47,6 +47,8 @@ WHOLES(add_epi32, _mm256_add_epi32)
 WHOLES(sub_epi8, _mm256_sub_epi8)
 WHOLES(and_si512, _mm256_and_si256)
 WHOLES(or_si512, _mm256_or_si256)
+WHOLES(unpacklo_epi16, _mm256_unpacklo_epi16)
+WHOLES(unpackhi_epi16, _mm256_unpackhi_epi16)
 WHOLES(unpacklo_epi32, _mm256_unpacklo_epi32)
 WHOLES(unpackhi_epi32, _mm256_unpackhi_epi32)
 WHOLES(unpacklo_epi64, _mm256_unpacklo_epi64)
@@ -229,6 +231,8 @@ inline __m256 half(__m512 a, int which = 0) {
 #define _mm512_unpackhi_ps emulated::unpackhi_ps
 #define _mm512_unpacklo_pd emulated::unpacklo_pd
 #define _mm512_unpackhi_pd emulated::unpackhi_pd
+#define _mm512_unpacklo_epi16 emulated::unpacklo_epi16
+#define _mm512_unpackhi_epi16 emulated::unpackhi_epi16
 #define _mm512_unpacklo_epi32 emulated::unpacklo_epi32
 #define _mm512_unpackhi_epi32 emulated::unpackhi_epi32
 #define _mm512_unpacklo_epi64 emulated::unpacklo_epi64

@@ -46,7 +46,7 @@ struct Scratch {
 
     void fit(int64_t positions, int64_t group, int64_t width) {
         const int64_t rows = QUERIES * group + TILE_SIDE, wide = (width + 2 * LANES - 1) / (2 * LANES) * 2 * LANES;
-        scores.resize(std::max(group * sixteens(positions), rows * KEYS));
+        scores.resize(std::max(group * sixteens(positions + LANES), rows * KEYS));  // up to 31 more than there are
         queries.resize(rows * wide);
         keys.resize(wide * KEYS);
         values.resize(KEYS * wide);
@@ -78,3 +78,34 @@ static inline float largest_among(const float* p, int64_t count) {
     for (int64_t i = LANES; i < count; i += LANES) most = larger(most, load(p + i));
     return largest_of(most);
 }
+
+#ifdef PAIRS
+// Sixteen pairs side by side of two rows of sixteen.
+static inline void pair_words(Word* to, Floats x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x.v)));
+}
+
+// to[i][t] = from[t][i]: sixteen words of each of sixteen rows.
+static inline void turn(Word* to, int64_t to_stride, const __m512i (&from)[LANES]) {
+    __m512i a[LANES], b[LANES];
+    UNROLL for (int i = 0; i < LANES; i += 2) {
+        a[i] = _mm512_unpacklo_epi32(from[i], from[i + 1]);
+        a[i + 1] = _mm512_unpackhi_epi32(from[i], from[i + 1]);
+    }
+    UNROLL for (int i = 0; i < LANES; i += 4) {
+        b[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
+        b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
+        b[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
+        b[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
+    }
+    UNROLL for (int i = 0; i < 4; i++) {
+        const __m512i low0 = _mm512_shuffle_i32x4(b[i], b[i + 4], 0x44), high0 = _mm512_shuffle_i32x4(b[i], b[i + 4], 0xee);
+        const __m512i low1 = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0x44);
+        const __m512i high1 = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0xee);
+        _mm512_storeu_si512(to + i * to_stride, _mm512_shuffle_i32x4(low0, low1, 0x88));
+        _mm512_storeu_si512(to + (i + 4) * to_stride, _mm512_shuffle_i32x4(low0, low1, 0xdd));
+        _mm512_storeu_si512(to + (i + 8) * to_stride, _mm512_shuffle_i32x4(high0, high1, 0x88));
+        _mm512_storeu_si512(to + (i + 12) * to_stride, _mm512_shuffle_i32x4(high0, high1, 0xdd));
+    }
+}
+#endif

@@ -122,37 +122,6 @@ static inline void turn(Word* to, int64_t to_stride, const __m256 (&from)[8]) {
     }
 }
 
-#ifdef PAIRS
-// Sixteen pairs side by side of two rows of sixteen.
-static inline void pair_words(Word* to, Floats x) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x.v)));
-}
-
-// to[i][t] = from[t][i]: sixteen words of each of sixteen rows.
-static inline void turn(Word* to, int64_t to_stride, const __m512i (&from)[LANES]) {
-    __m512i a[LANES], b[LANES];
-    UNROLL for (int i = 0; i < LANES; i += 2) {
-        a[i] = _mm512_unpacklo_epi32(from[i], from[i + 1]);
-        a[i + 1] = _mm512_unpackhi_epi32(from[i], from[i + 1]);
-    }
-    UNROLL for (int i = 0; i < LANES; i += 4) {
-        b[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
-        b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
-        b[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
-        b[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
-    }
-    UNROLL for (int i = 0; i < 4; i++) {
-        const __m512i low0 = _mm512_shuffle_i32x4(b[i], b[i + 4], 0x44), high0 = _mm512_shuffle_i32x4(b[i], b[i + 4], 0xee);
-        const __m512i low1 = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0x44);
-        const __m512i high1 = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0xee);
-        _mm512_storeu_si512(to + i * to_stride, _mm512_shuffle_i32x4(low0, low1, 0x88));
-        _mm512_storeu_si512(to + (i + 4) * to_stride, _mm512_shuffle_i32x4(low0, low1, 0xdd));
-        _mm512_storeu_si512(to + (i + 8) * to_stride, _mm512_shuffle_i32x4(high0, high1, 0x88));
-        _mm512_storeu_si512(to + (i + 12) * to_stride, _mm512_shuffle_i32x4(high0, high1, 0xdd));
-    }
-}
-#endif
-
 // A block of keys and values as words: keys[step][KEYS], values[step][wide]; zeros where there is nothing.
 template <int KIND>
 static void gather_block(const char* key, const char* value, int64_t here, int64_t width, int64_t wide, Word* keys,

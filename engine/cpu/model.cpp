@@ -249,17 +249,19 @@ class Model {
         int64_t blocks = 0;
         for (int64_t i = 0; i < step.chunks; i++) blocks += (step.chunk[i].count + QUERIES - 1) / QUERIES;
         // The last blocks of a chunk see most: they go first.
-        team_.share(phase, runs + blocks * shape_.kv_heads, 1, [&](int64_t item, int64_t) {
-            const auto keys = [&](int64_t i) {
-                return cache.keys + cache.offset(step.slots[i / shape_.kv_heads], i % shape_.kv_heads, 0);
-            };
+        team_.share_ahead(phase, runs + blocks * shape_.kv_heads, 1, [&](int64_t item, int64_t, const auto& next) {
             const int64_t end = std::min(singles, (item + 1) * each);
             for (int64_t i = item * each; i < end; i++) {
+                const auto place = [&](int64_t which) {
+                    return cache.offset(step.slots[which / shape_.kv_heads], which % shape_.kv_heads, 0);
+                };
+                const int64_t then = i + 1 < end ? i + 1 : next() * each;
+                Coming coming{cache.keys + place(i), 0};
+                if (then < singles) coming = {cache.keys + place(then), step.positions[then / shape_.kv_heads] + 1};
                 const int64_t token = i / shape_.kv_heads, head = i % shape_.kv_heads;
                 attend_single(cache, step.slots[token], head, step.positions[token], group,
                               qkv + token * qkv_stride_ + head * group * width,
-                              a.values + token * a.stride + head * group * width, keys(std::min(i + 1, end - 1)),
-                              scratch_[thread]);
+                              a.values + token * a.stride + head * group * width, coming, scratch_[thread]);
             }
             if (item < runs) return;
             const int64_t head = (item - runs) % shape_.kv_heads;

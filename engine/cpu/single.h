@@ -154,9 +154,22 @@ static void mix_heads(const float* p, int64_t p_stride, const char* values, int6
         }
 }
 
+// Scores of `count` keys become the weights of their values, up to `padded` zeros.
+static inline void weigh(float* p, int64_t count, int64_t padded) {
+    for (int64_t t = count; t < padded; t++) p[t] = -INFINITY;
+    const Floats inverse = all(1.0f / exponentials(p, padded, largest_among(p, padded)));
+    for (int64_t t = 0; t < padded; t += LANES) store(p + t, load(p + t) * inverse);
+}
+
+// The keys that this thread wants behind those at hand.
+struct Coming {
+    const char* keys;
+    int64_t count;
+};
+
 template <int KIND>
 static void attend_single_of(const Cache& cache, int64_t slot, int64_t head, int64_t position, int64_t group,
-                             const float* queries, float* out, const char* next, Scratch& scratch) {
+                             const float* queries, float* out, const Coming& next, Scratch& scratch) {
     const int64_t width = cache.width, count = position + 1, padded = sixteens(count), size = cache.size();
     const char* keys = cache.keys + cache.offset(slot, head, 0);
     const char* values = cache.values + cache.offset(slot, head, 0);
@@ -179,7 +192,7 @@ static void attend_single_of(const Cache& cache, int64_t slot, int64_t head, int
             // Keys that come soon, in the end those of the next head, and the values that these ones' weights are for: a
             // few at a time, for many at once would keep what is needed now waiting.
             const int64_t at = t + i + soon;
-            const char* coming = at < count ? keys + at * step : next + (at - padded) * step;
+            const char* coming = at < count ? keys + at * step : next.keys + (at - padded) * step;
             const char* these = values + (t + i) * step;
             for (int64_t line = 0; line < 4 * step; line += 64) {
                 _mm_prefetch(coming + line, _MM_HINT_T0);
@@ -193,22 +206,150 @@ static void attend_single_of(const Cache& cache, int64_t slot, int64_t head, int
             score<KIND, 1>(queries + g * width, pairs + g * words, words, key, width, scale, scores + g * padded + t,
                            padded);
     }
-    for (int64_t g = 0; g < group; g++) {
-        float* const p = scores + g * padded;
-        for (int64_t t = count; t < padded; t++) p[t] = -INFINITY;
-        const Floats inverse = all(1.0f / exponentials(p, padded, largest_among(p, padded)));
-        for (int64_t t = 0; t < padded; t += LANES) store(p + t, load(p + t) * inverse);
-    }
+    for (int64_t g = 0; g < group; g++) weigh(scores + g * padded, count, padded);
     int64_t g = 0;
     for (; g + 4 <= group; g += 4)
         mix_heads<KIND, 4>(scores + g * padded, padded, values, count, width, out + g * width);
     for (; g < group; g++) mix_heads<KIND, 1>(scores + g * padded, padded, values, count, width, out + g * width);
 }
 
-// One token over its whole sequence, for the query heads that share a key/value head; `next` are the keys that this
-// thread wants after it.
+#ifdef TILES
+constexpr int64_t TWO_LANES = 2 * LANES;  // bfloat16 in a line of a tile
+constexpr int64_t MANY_HEADS = 4;         // that share a key/value head, and
+constexpr int64_t MANY_KEYS = 128;        // from which on tiles pay
+
+// Sixteen lines of sixteen words become columns.
+static inline void turn(Word* to, const void* from) {
+    __m512i rows[LANES];
+    UNROLL for (int i = 0; i < LANES; i++) rows[i] = _mm512_load_si512(static_cast<const char*>(from) + i * LINE);
+    turn(to, LANES, rows);
+}
+
+// scores[g][t] = scale q[g] . key[t] for up to sixteen heads, whose pairs lie side by side in `q`; keys are tiles as they
+// lie. There is room at `last` for 32 keys.
+static void score_by_tiles(const Word* q, int64_t heads, const char* keys, int64_t count, int64_t width, float scale,
+                           float* scores, int64_t stride, char* last, Asked& asked) {
+    const Tiles tiles(LINE);
+    const int64_t step = width * 2;
+    alignas(LINE) float sums[TWO_LANES][LANES];
+    alignas(LINE) Word turned[LANES][LANES];
+    for (int64_t t = 0; t < count; t += TWO_LANES) {
+        const char* key = keys + t * step;
+        const int64_t here = std::min(TWO_LANES, count - t);
+        const bool more = here > TILE_SIDE;
+        if (here < TWO_LANES) {  // nobody reads behind the last one
+            std::memcpy(last, key, here * step);
+            key = last;
+        }
+        asked.next();
+        zero_sums(false);
+        for (int64_t h = 0; h < width; h += TWO_LANES) {
+            _tile_loadd(6, q + h / 2 * LANES, LINE);
+            _tile_loadd(4, key + h * 2, step);
+            _tile_dpbf16ps(0, 4, 6);
+            if (!more) continue;
+            _tile_loadd(5, key + TILE_SIDE * step + h * 2, step);
+            _tile_dpbf16ps(1, 5, 6);
+        }
+        _tile_stored(0, sums, LINE);
+        _tile_stored(1, sums[TILE_SIDE], LINE);
+        for (int64_t i = 0; i < here; i += LANES) {
+            turn(turned[0], sums[i]);
+            for (int64_t g = 0; g < heads; g++)
+                store(scores + g * stride + t + i, load(reinterpret_cast<float*>(turned[g])) * all(scale));
+        }
+    }
+}
+
+// out[g] = the sum over t of p[g][t] values[t] for up to sixteen heads, whose weights are pairs: 64 columns after the other.
+static void mix_by_tiles(const float* p, int64_t stride, int64_t heads, const char* values, int64_t count, int64_t width,
+                         float* out, Asked& asked) {
+    const Tiles tiles(LINE, heads);
+    alignas(LINE) __m512i pairs[2][4][TILE_SIDE];  // one block's are read while the next one's are written
+    alignas(LINE) float sums[4][TILE_SIDE][LANES];
+    for (int64_t from = 0; from < width; from += 2 * TWO_LANES) {
+        const int halves = width - from > TWO_LANES ? 2 : 1;
+        zero_sums(true);
+        for (int64_t t = 0; t < count; t += TWO_LANES) {
+            asked.next();
+            auto& block = pairs[t / TWO_LANES % 2];
+            for (int half = 0; half < halves; half++)
+                UNROLL for (int i = 0; i < TILE_SIDE; i++) {
+                    const int64_t place = t + 2 * i;
+                    const char* at = values + (place * width + from + half * TWO_LANES) * 2;
+                    const __m512i even = _mm512_maskz_loadu_epi16(place < count ? ~__mmask32(0) : 0, at);
+                    const __m512i odd = _mm512_maskz_loadu_epi16(place + 1 < count ? ~__mmask32(0) : 0, at + width * 2);
+                    block[2 * half][i] = _mm512_unpacklo_epi16(even, odd);
+                    block[2 * half + 1][i] = _mm512_unpackhi_epi16(even, odd);
+                }
+            _tile_loadd(4, p + t / 2, stride * 4);
+            _tile_loadd(6, block[0], LINE);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_loadd(7, block[1], LINE);
+            _tile_dpbf16ps(1, 4, 7);
+            if (halves == 1) continue;
+            _tile_loadd(6, block[2], LINE);
+            _tile_dpbf16ps(2, 4, 6);
+            _tile_loadd(7, block[3], LINE);
+            _tile_dpbf16ps(3, 4, 7);
+        }
+        _tile_stored(0, sums[0], LINE);
+        _tile_stored(1, sums[1], LINE);
+        _tile_stored(2, sums[2], LINE);
+        _tile_stored(3, sums[3], LINE);
+        for (int64_t g = 0; g < heads; g++)
+            for (int half = 0; half < halves; half++) {
+                // As they were put together: four columns of the one, then four of the other.
+                const __m512 low = load(sums[2 * half][g]).v, high = load(sums[2 * half + 1][g]).v;
+                const __m512 first = _mm512_shuffle_f32x4(low, high, 0x44), second = _mm512_shuffle_f32x4(low, high, 0xee);
+                float* const to = out + g * width + from + half * TWO_LANES;
+                store(to, {_mm512_shuffle_f32x4(first, first, 0xd8)});
+                store(to + LANES, {_mm512_shuffle_f32x4(second, second, 0xd8)});
+            }
+    }
+}
+
+// Up to sixteen heads, of a cache of bfloat16 whose rows are whole lines of tiles. Beside the scores the values are asked
+// for, and beside the values the next keys: so the memory is busy all the time.
+static void attend_by_tiles(const Cache& cache, int64_t slot, int64_t head, int64_t position, int64_t heads,
+                            const float* queries, float* out, const Coming& next, Scratch& scratch) {
+    const int64_t width = cache.width, count = position + 1, step = width * 2;
+    const int64_t blocks = (count + TWO_LANES - 1) / TWO_LANES, padded = blocks * TWO_LANES;
+    const int64_t passes = (width + 2 * TWO_LANES - 1) / (2 * TWO_LANES);
+    const char* keys = cache.keys + cache.offset(slot, head, 0);
+    const char* values = cache.values + cache.offset(slot, head, 0);
+    Word* const q = scratch.queries.data();
+    float* const scores = scratch.scores.data();
+    for (int64_t h = 0; h < width; h += TWO_LANES) {
+        alignas(LINE) Word lines[LANES][LANES] = {};
+        for (int64_t g = 0; g < heads; g++)
+            for (int64_t i = 0; i < 2; i++) pair_words(lines[g] + i * 8, load(queries + g * width + h + i * LANES));
+        turn(q + h / 2 * LANES, lines[0]);
+    }
+    Asked these(values, 1, 0, count * step, blocks), then(next.keys, 1, 0, next.count * step, blocks * passes);
+    score_by_tiles(q, heads, keys, count, width, 1.0f / std::sqrt(float(width)), scores, padded,
+                   reinterpret_cast<char*>(scratch.keys.data()), these);
+    for (int64_t g = 0; g < heads; g++) {
+        float* const p = scores + g * padded;
+        weigh(p, count, padded);
+        for (int64_t t = 0; t < padded; t += LANES) pair_words(reinterpret_cast<Word*>(p) + t / 2, load(p + t));
+    }
+    mix_by_tiles(scores, padded, heads, values, count, width, out, then);
+}
+#endif
+
+// One token over its whole sequence, for the query heads that share a key/value head.
 static void attend_single(const Cache& cache, int64_t slot, int64_t head, int64_t position, int64_t group,
-                          const float* queries, float* out, const char* next, Scratch& scratch) {
+                          const float* queries, float* out, const Coming& next, Scratch& scratch) {
+#ifdef TILES
+    if (cache.kind == BFLOAT16 && cache.width % TWO_LANES == 0 && group >= MANY_HEADS && position >= MANY_KEYS &&
+        Tiles::allowed()) {
+        for (int64_t g = 0; g < group; g += TILE_SIDE)
+            attend_by_tiles(cache, slot, head, position, std::min(TILE_SIDE, group - g), queries + g * cache.width,
+                            out + g * cache.width, next, scratch);
+        return;
+    }
+#endif
     switch (cache.kind) {
         case FLOAT32: return attend_single_of<FLOAT32>(cache, slot, head, position, group, queries, out, next, scratch);
         case BFLOAT16: return attend_single_of<BFLOAT16>(cache, slot, head, position, group, queries, out, next, scratch);
