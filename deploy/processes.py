@@ -32,17 +32,22 @@ def of_server(mark: str) -> list[psutil.Process]:
 def end(mark: str) -> int:
     """End all processes of a server, the frontend first and politely; how many there were."""
     processes = of_server(mark)
-    seen = {each.pid for each in processes}
+    seen = set(processes)
+
+    def left() -> list[psutil.Process]:
+        # One that is ending has lost its environment some time before it is gone.
+        return [each for each in seen.union(of_server(mark)) if _alive(each)]
+
     # The frontend ends its workers by itself; ranks that are told at the same time would only look like crashes to it.
     _tell(processes[:1], signal.SIGTERM)
     _wait(lambda: any(_alive(each) for each in processes[:1]), FRONTEND_S)
     for patience, number in ((WORKERS_S, signal.SIGTERM), (WORKERS_S, signal.SIGKILL), (KILLED_S, None)):
-        if _wait(lambda: bool(of_server(mark)), patience):
+        if _wait(lambda: bool(left()), patience):
             break
-        left = of_server(mark)
-        seen |= {each.pid for each in left}
+        still = left()
+        seen.update(still)
         if number is not None:
-            _tell(left, number)
+            _tell(still, number)
     return len(seen)
 
 
@@ -58,7 +63,7 @@ def _wait(pending: Callable[[], bool], seconds: float) -> bool:
 
 def _alive(process: psutil.Process) -> bool:
     try:
-        return process.status() != psutil.STATUS_ZOMBIE
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         return False
 

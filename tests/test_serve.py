@@ -8,6 +8,7 @@ import locale
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -497,6 +498,21 @@ def test_exactly_the_processes_of_a_server_are_ended(monkeypatch: pytest.MonkeyP
         processes.end("ours-1")
         processes.end("other-1")
         ours.communicate(timeout=5), other.communicate(timeout=5)
+
+
+def test_a_process_that_has_lost_its_environment_but_runs_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one does that is ending: its port may still be taken."""
+    monkeypatch.setattr(processes, "WORKERS_S", 0.5)
+    both = [subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) for _ in range(2)]
+    known = [[psutil.Process(each.pid) for each in both]]
+    monkeypatch.setattr(processes, "of_server", lambda mark: known.pop() if known else [])
+    try:
+        assert processes.end("ours-1") == 2
+        assert [each.poll() for each in both] == [-signal.SIGTERM] * 2
+    finally:
+        for each in both:
+            each.kill()
+            each.wait()
 
 
 def test_a_port_that_somebody_has_is_named_with_its_owner(planned) -> None:
