@@ -75,7 +75,7 @@ enum Bits { PAIR, SIGNED, UNSIGNED };
     } while (false)
 
 // One line of tiles: tokens times two panels, or what else has lines that lie `stride` bytes apart. `meanwhile` is called
-// behind each product.
+// behind each product, or behind both where there are two.
 template <Bits BITS, typename F>
 static inline void multiply_tiles(const void* x, int64_t x_bytes, bool more, const void* p, const void* q,
                                   int64_t stride, F&& meanwhile) {
@@ -83,7 +83,7 @@ static inline void multiply_tiles(const void* x, int64_t x_bytes, bool more, con
     _tile_loadd(6, p, stride);
     _tile_loadd(7, q, stride);
     MULTIPLY_TILE(0, 4, 6);
-    meanwhile();
+    if (more) meanwhile();
     MULTIPLY_TILE(1, 4, 7);
     meanwhile();
     if (!more) return;
@@ -116,8 +116,9 @@ static inline void load_sums(const void* from, bool more, int64_t stride) {
 
 // What is asked for while weights are multiplied. The CPU reads ahead in as many places as it sees, and a core reads a
 // tenth to a quarter faster from eight than from two: so beside few tokens, where reading is what takes time, the next
-// columns of several panels are asked for in turns. Panels often lie a power of two apart, where lines of the same number
-// are in each other's way in the memory: so each panel begins with another one.
+// columns of several panels are asked for in turns, behind each line of tiles, for what is asked for before them keeps
+// them waiting. Panels often lie a power of two apart, where lines of the same number are in each other's way in the
+// memory: so each panel begins with another one.
 class Asked {
    public:
     Asked() = default;
@@ -177,11 +178,9 @@ static void add_pairs(const Activations& a, int64_t token, bool more, int64_t fr
     const uint16_t* x = a.pairs + token * a.stride;
     for (int64_t k = from; k < to; k += LINE / 2) {
         const char *next = p + k * PANEL * 2, *other = q + k * PANEL * 2;
-        if (asked)
-            asked->next();
-        else
-            ahead_of_tile(next), ahead_of_tile(other);
+        if (!asked) ahead_of_tile(next), ahead_of_tile(other);
         multiply_tiles<PAIR>(x + k, a.stride * 2, more, next, other, LINE, [] {});
+        if (asked) asked->next();
     }
     store_sums(totals, more);
 }
@@ -192,9 +191,9 @@ static void add_pairs(const Activations& a, int64_t token, bool more, int64_t fr
 template <int KIND, Bits BITS, int64_t PIECE>
 static void add_whole(const Matrix& w, const Activations& a, int64_t token, int64_t count, int64_t from, int64_t to,
                       int64_t panel, int64_t other, const char* p, const char* q, Asked& asked, Block& totals) {
-    constexpr int64_t TILE = std::min(PIECE, LINE);            // columns
-    constexpr int64_t LINES = TWO_SIDES / (4 * PIECE / TILE);  // of sums behind each product
+    constexpr int64_t TILE = std::min(PIECE, LINE);  // columns
     const bool more = count > TILE_SIDE;
+    const int64_t lines = (more ? TWO_SIDES / 4 : TILE_SIDE) / (PIECE / TILE);  // of sums that are added at once
     if (from == 0) std::memset(totals, 0, count * sizeof(totals[0]));
     alignas(LINE) WholeBlock sums, counted;
     int64_t line = count, place = 0;  // of the sums that are not added yet
@@ -232,9 +231,9 @@ static void add_whole(const Matrix& w, const Activations& a, int64_t token, int6
     for (int64_t b = from; b < to; b += PIECE) {
         zero_sums(more);
         for (int64_t k = b; k < std::min(b + PIECE, to); k += TILE) {
-            asked.next();
             multiply_tiles<BITS>(a.narrow_at(token, k), a.between(), more, p + k * PANEL, q + k * PANEL, LINE,
-                                 [&] { add_lines(std::min(line + LINES, count)); });
+                                 [&] { add_lines(std::min(line + lines, count)); });
+            asked.next();
         }
         add_lines(count);
         store_sums(sums, more);
