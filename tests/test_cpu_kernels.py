@@ -179,12 +179,12 @@ def test_quantized_weights_give_the_logits_of_the_numbers_that_they_stand_for(na
         kept = weight.dim() == 1 or (each.startswith("tok_embeddings") and not args.tie_embeddings)
         wanted = SCHEMES["int8"] if each.startswith(("output", "tok_embeddings")) else chosen
         rounded[each] = weight if kept or not wanted.fits(weight.shape[1]) else wanted.quantize(weight).dequantize()
-    # What activations of eight bits, or of less beside few columns, leave, with a scale for every 128.
+    # What activations of eight bits, or of less beside few columns, leave, with a scale for every 128 or 256.
     assert difference(logits_of(runner, args), reference(args, rounded)) <= 5e-2
 
 
 def int8_scales(blocks: torch.Tensor, numbers: torch.Tensor, cpu: str) -> torch.Tensor:
-    """Of blocks (tokens, blocks, 128) beside int8 weights: without dot products of bytes, sums must fit 16 bits."""
+    """Of blocks (tokens, blocks, columns) beside int8 weights: without dot products of bytes, sums must fit 16 bits."""
     largest = blocks.abs().amax(2, keepdim=True).clamp(min=1e-30)
     if cpu != "AVX2":
         return largest / 127
@@ -208,16 +208,21 @@ def check_one_product(cpu: str, weights: dict[str, torch.Tensor], args: ModelArg
     logits = runner.run(StepPlan((Segment(0, 0, tuple(tokens), len(tokens)),)))
 
     x = F.rms_norm(weights["tok_embeddings.weight"][tokens], (args.dim,), weights["norm.weight"], args.norm_eps)
-    blocks = blocks_of(x)
     output = SCHEMES["int8"].quantize(weights["output.weight"])
-    scales = int8_scales(blocks, blocks_of(output.numbers), cpu)
+    blocks, numbers = (blocks_of(each, beside_int8(cpu)) for each in (x, output.numbers))
+    scales = int8_scales(blocks, numbers, cpu)
     rounded = (blocks / scales).round() * scales
     assert difference(logits, rounded.flatten(1)[:, : args.dim] @ output.dequantize().T) <= 1e-5
 
 
-def blocks_of(x: torch.Tensor) -> torch.Tensor:
-    """Columns in blocks of 128, filled up with zeros."""
-    return F.pad(x, (0, -x.shape[-1] % 128)).unflatten(-1, (-1, 128))
+def beside_int8(cpu: str) -> int:
+    """How many activations share a scale."""
+    return 256 if cpu == "AMX" else 128
+
+
+def blocks_of(x: torch.Tensor, columns: int) -> torch.Tensor:
+    """Blocks of so many columns, filled up with zeros."""
+    return F.pad(x, (0, -x.shape[-1] % columns)).unflatten(-1, (-1, columns))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 8, 13, 16, 23, 40, 70])
@@ -238,9 +243,11 @@ def test_products_with_int4_are_pytorchs_with_rounded_activations(cpu: str, sche
     model = model_of(args, weights)
 
     def round_input(module: torch.nn.Linear, inputs: tuple[torch.Tensor]) -> torch.Tensor:
-        blocks = blocks_of(inputs[0])
+        columns = beside_int8(cpu) if module is model.output else 128
+        blocks = blocks_of(inputs[0], columns)
         if module is model.output:
-            scales = int8_scales(blocks.flatten(0, -3), blocks_of(output.numbers), cpu).view(*blocks.shape[:-1], 1)
+            numbers = blocks_of(output.numbers, columns)
+            scales = int8_scales(blocks.flatten(0, -3), numbers, cpu).view(*blocks.shape[:-1], 1)
         else:
             scales = blocks.abs().amax(-1, keepdim=True) / 127
         return ((blocks / scales).round() * scales).nan_to_num(0).flatten(-2)[..., : inputs[0].shape[-1]]

@@ -151,8 +151,8 @@ template <int GROUPS>
 static void groups_over(const Matrix& w, const Activations& a, int64_t token, int64_t count, int64_t first,
                         int64_t last, float* y, int64_t stride, bool add) {
     constexpr int M = 4, P = 4, N = (P + GROUPS - 1) / GROUPS;  // together groups ask for a block of each panel
-    constexpr int64_t BYTES = ROUND * PANEL;
-    const int64_t blocks = (w.columns + ROUND - 1) / ROUND;
+    constexpr int64_t BYTES = ROUND<INT8> * PANEL;
+    const int64_t blocks = (w.columns + ROUND<INT8> - 1) / ROUND<INT8>;
     int64_t panel = first;
     for (; panel + P <= last; panel += P) {
         Floats totals[GROUPS][M][P];
@@ -171,7 +171,7 @@ static void groups_over(const Matrix& w, const Activations& a, int64_t token, in
                 const int64_t from = token + std::min<int64_t>(g * M, count - M);
                 Dots<M, P> sums;
                 whole_sums<INT8, M, P, N>(w, a, from, panel, b, p, next, sums);
-                add_block<M, P>(a, from, b, sums, totals[g]);
+                add_block<INT8, M, P>(a, from, b, sums, totals[g]);
                 UNROLL for (int i = 0; i < P; i++) next[i] += BYTES * N / P;
             }
         }
@@ -198,7 +198,8 @@ constexpr int64_t GROUPS = 8, GROUP = 4;
 template <int KIND, int M, int P>
 static void groups_over(const Matrix& w, const Activations& a, int64_t token, int64_t count, int64_t first,
                         int64_t last, float* y, int64_t stride, bool add) {
-    constexpr int64_t BYTES = ROUND / 8 * EIGHT<KIND>, LINES = EIGHT<KIND> / LINE, LESS = std::max(M - 1, 1);
+    constexpr int64_t COLUMNS = ROUND<KIND>, N = RUNS<KIND>, LESS = std::max(M - 1, 1);
+    constexpr int64_t BYTES = COLUMNS / 8 * EIGHT<KIND>, LINES = EIGHT<KIND> / LINE;
     const int64_t groups = (count + M - 1) / M, full = groups - (groups * M - count);
     const int64_t between = w.panel_bytes(), part = BYTES / groups, step = EIGHT<KIND> / groups;
     const auto add_full = groups == 1 ? add_eights<KIND, M, P, LINES> : add_eights<KIND, M, P, 1>;
@@ -210,19 +211,19 @@ static void groups_over(const Matrix& w, const Activations& a, int64_t token, in
         for (int64_t m = 0; m < count; m++)
             for (int i = 0; i < P; i++) written_soon(y + (token + m) * stride + (panel + i) * PANEL);
         const char* p = w.panel(panel);
-        for (int64_t b = 0; b * ROUND < w.columns; b++, p += BYTES) {
-            const int8_t* x = a.narrow_at(token, b * ROUND);
-            const int64_t place = a.place(token, b), columns = std::min(ROUND, w.columns - b * ROUND);
-            const int32_t* offsets = a.offsets + place * RUNS;
+        for (int64_t b = 0; b * COLUMNS < w.columns; b++, p += BYTES) {
+            const int8_t* x = a.narrow_at<KIND>(token, b * COLUMNS);
+            const int64_t place = a.place<KIND>(token, b), columns = std::min(COLUMNS, w.columns - b * COLUMNS);
+            const int32_t* offsets = a.offsets + place * N;
             const float* scales = a.scales + place;
             const char* next = p + 2 * BYTES;
-            Counts counts[RUNS][P];
+            Counts counts[N][P];
             if constexpr (KIND == INT4)
                 for (int64_t k = 0; k < columns; k += BLOCK)
-                    for (int i = 0; i < P; i++) load_counts(w.counts_at(panel + i, b * ROUND + k), counts[k / BLOCK][i]);
+                    for (int i = 0; i < P; i++) load_counts(w.counts_at(panel + i, b * COLUMNS + k), counts[k / BLOCK][i]);
             add_full(full, x, columns, offsets, scales, p, between, counts, next, part, step, totals);
             if (const int64_t m = full * M; m < count)
-                add_eights<KIND, LESS, P, 1>(groups - full, x + m * ROUND, columns, offsets + m * RUNS, scales + m, p,
+                add_eights<KIND, LESS, P, 1>(groups - full, x + m * COLUMNS, columns, offsets + m * N, scales + m, p,
                                              between, counts, next + full * part, part, step, totals + m);
         }
         for (int i = 0; i < P; i++) {

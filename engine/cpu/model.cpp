@@ -81,7 +81,7 @@ class Model {
         values_.fit(most * widest * 4);
         pairs_.fit(whole * widest * 2);
         narrow_.fit(whole * widest);
-        scales_.fit(whole * widest / ROUND * 4);
+        scales_.fit(whole * widest / ROUND<INT4> * 4);
         offsets_.fit(whole * widest / BLOCK * 4);
         samplers_.resize(shape.threads);
         scratch_.resize(shape.threads);

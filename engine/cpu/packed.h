@@ -10,16 +10,14 @@
 //   int4               [panel][column / 8][16][4]: bytes of two columns that are four apart, unsigned with an offset of
 //                      8; [panel][column / group][16] whole numbers of 16 bits, by which a group's sums count
 //
-// A row of whole numbers has one scale, and activations beside it are 8 bits wide with a scale for every 128 columns.
-// So what these come to is added as whole numbers, for int4 too.
+// A row of whole numbers has one scale, and activations beside it are 8 bits wide with a scale for every 128 columns, with
+// AMX and int8 for every 256. So what these come to is added as whole numbers, for int4 too.
 #pragma once
 
 #include "vector.h"
 
 constexpr int64_t PANEL = LANES;
 constexpr int64_t BLOCK = 32;   // columns whose sums fit 16 bits where they must, which groups of int4 are made of
-constexpr int64_t ROUND = 128;  // columns that share one activation scale, filled up with zeros
-constexpr int64_t RUNS = ROUND / BLOCK;
 constexpr int64_t CHUNK = 4;    // panels that a thread takes at once, or twice as many of large matrices
 constexpr int64_t FEW = 16;     // tokens whose activations lie side by side
 constexpr int64_t AHEAD = 2048;  // bytes of a panel that are asked for before they are needed
@@ -40,10 +38,23 @@ template <int KIND, int P>
 constexpr bool SHARED = P == 1;
 #endif
 
-static int64_t padded(int64_t count) { return (count + ROUND - 1) / ROUND * ROUND; }
+// Columns that share one activation scale, filled up with zeros. Tiles are fast enough for the scaling of their sums to
+// count. (With int4 those of more columns would not fit 32 bits.)
+#ifdef TILES
+template <int KIND>
+constexpr int64_t ROUND = KIND == INT8 ? 256 : 128;
+#else
+template <int KIND>
+constexpr int64_t ROUND = 128;
+#endif
+constexpr int64_t LONGEST = ROUND<INT8>;
+template <int KIND>
+constexpr int64_t RUNS = ROUND<KIND> / BLOCK;
+
+static int64_t padded(int64_t count) { return (count + LONGEST - 1) / LONGEST * LONGEST; }
 
 // How far apart many tokens lie: not a power of two, for then all would compete for the same few lines of the cache.
-static int64_t stride_of(int64_t count) { return padded(count) + ROUND; }
+static int64_t stride_of(int64_t count) { return padded(count) + LONGEST; }
 
 struct Matrix {
     int32_t kind;
@@ -92,12 +103,18 @@ struct Activations {
 #else
     static constexpr bool few() { return true; }
 #endif
-    int64_t between() const { return few() ? ROUND : stride; }  // one token of `narrow` and the next
+    template <int KIND>
+    int64_t between() const { return few() ? ROUND<KIND> : stride; }  // one token of `narrow` and the next
+    template <int KIND>
     int8_t* narrow_at(int64_t token, int64_t column) const {
-        const int64_t piece = few() ? (tokens | 1) * ROUND : ROUND;  // odd, as stride_of() says
-        return narrow + token * between() + column / ROUND * piece + column % ROUND;
+        const int64_t piece = few() ? (tokens | 1) * ROUND<KIND> : ROUND<KIND>;  // odd, as stride_of() says
+        return narrow + token * between<KIND>() + column / ROUND<KIND> * piece + column % ROUND<KIND>;
     }
     // Where the scale and the offset of a block are, and how far behind them those of the next token.
-    int64_t place(int64_t token, int64_t block) const { return few() ? block * tokens + token : token * each() + block; }
-    int64_t each() const { return few() ? 1 : stride / ROUND; }
+    template <int KIND>
+    int64_t place(int64_t token, int64_t block) const {
+        return few() ? block * tokens + token : token * each<KIND>() + block;
+    }
+    template <int KIND>
+    int64_t each() const { return few() ? 1 : stride / ROUND<KIND>; }
 };

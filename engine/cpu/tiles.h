@@ -197,12 +197,12 @@ static void add_whole(const Matrix& w, const Activations& a, int64_t token, int6
     if (from == 0) std::memset(totals, 0, count * sizeof(totals[0]));
     alignas(LINE) WholeBlock sums, counted;
     int64_t line = count, place = 0;  // of the sums that are not added yet
-    const int64_t each = a.each();
+    const int64_t each = a.each<KIND>();
     bool first = true, last = true;  // piece of its block
     __m512i counts[2] = {};
     Floats factors[2];
     const auto add_lines = [&](int64_t end) {
-        if (PIECE < ROUND && !last) {
+        if (PIECE < ROUND<KIND> && !last) {
             for (; line < end; line++)
                 UNROLL for (int i = 0; i < 2; i++) {
                     int32_t* const at = counted[line] + i * PANEL;
@@ -217,12 +217,12 @@ static void add_whole(const Matrix& w, const Activations& a, int64_t token, int6
                 __m512i dots = _mm512_load_si512(sums[line] + i * PANEL);
                 if constexpr (BITS == UNSIGNED)
                     dots = _mm512_add_epi32(dots, _mm512_set1_epi32(a.offsets[place + line * each]));
-                if constexpr (PIECE < ROUND) {
+                if constexpr (PIECE < ROUND<KIND>) {
                     const __m512i before = first ? _mm512_setzero_si512() : _mm512_load_si512(counted[line] + i * PANEL);
                     dots = add_counted(before, dots, counts[i]);
                 }
                 Floats sum{_mm512_cvtepi32_ps(dots)};
-                if constexpr (KIND == INT4 && PIECE == ROUND) sum = sum * factors[i];
+                if constexpr (KIND == INT4 && PIECE == ROUND<KIND>) sum = sum * factors[i];
                 float* const at = totals[line] + i * PANEL;
                 store(at, fused(sum, factor, load(at)));
             }
@@ -231,18 +231,18 @@ static void add_whole(const Matrix& w, const Activations& a, int64_t token, int6
     for (int64_t b = from; b < to; b += PIECE) {
         zero_sums(more);
         for (int64_t k = b; k < std::min(b + PIECE, to); k += TILE) {
-            multiply_tiles<BITS>(a.narrow_at(token, k), a.between(), more, p + k * PANEL, q + k * PANEL, LINE,
-                                 [&] { add_lines(std::min(line + lines, count)); });
+            multiply_tiles<BITS>(a.narrow_at<KIND>(token, k), a.between<KIND>(), more, p + k * PANEL, q + k * PANEL,
+                                 LINE, [&] { add_lines(std::min(line + lines, count)); });
             asked.next();
         }
         add_lines(count);
         store_sums(sums, more);
-        line = 0, place = a.place(token, b / ROUND);
+        line = 0, place = a.place<KIND>(token, b / ROUND<KIND>);
         if constexpr (KIND == INT4) {
-            first = b % ROUND == 0, last = (b + PIECE) % ROUND == 0 || b + PIECE == w.columns;
+            first = b % ROUND<KIND> == 0, last = (b + PIECE) % ROUND<KIND> == 0 || b + PIECE == w.columns;
             const int16_t* const at[] = {w.counts_at(panel, b), w.counts_at(other, b)};
             UNROLL for (int i = 0; i < 2; i++) {
-                if constexpr (PIECE < ROUND)
+                if constexpr (PIECE < ROUND<KIND>)
                     counts[i] = load_counts(at[i]);
                 else
                     factors[i] = float_counts(at[i]);
@@ -257,7 +257,7 @@ template <int KIND, Bits BITS, typename F>
 static void tiles_of(const Matrix& w, const Activations& a, int64_t tokens, int64_t first, int64_t last, float* y,
                      int64_t stride, bool add, F&& next) {
     constexpr int64_t SIZE = KIND == BFLOAT16 ? 2 : 1;  // of a number in a tile
-    const bool short_groups = KIND == INT4 && w.group % ROUND;
+    const bool short_groups = KIND == INT4 && w.group % ROUND<KIND>;
     const Tiles tiles(short_groups ? BLOCK : LINE, std::min(tokens, TILE_SIDE));
     const char* data = w.panel(first);
     if constexpr (BITS == SIGNED) data = as_signed<KIND>(data, (last - first) * w.panel_bytes());
@@ -290,7 +290,7 @@ static void tiles_of(const Matrix& w, const Activations& a, int64_t tokens, int6
                     if constexpr (KIND == BFLOAT16)
                         add_pairs(a, token, count > TILE_SIDE, k, end, p, q, few ? &asked : nullptr, sums);
                     else if (!short_groups)
-                        add_whole<KIND, BITS, ROUND>(w, a, token, count, k, end, panel, other, p, q, asked, sums);
+                        add_whole<KIND, BITS, ROUND<KIND>>(w, a, token, count, k, end, panel, other, p, q, asked, sums);
                     else if constexpr (KIND == INT4)
                         add_whole<KIND, BITS, BLOCK>(w, a, token, count, k, end, panel, other, p, q, asked, sums);
                 }

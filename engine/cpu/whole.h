@@ -94,7 +94,7 @@ static void measure_chains(const Matrix& w, int64_t run, int64_t last, float (*t
 // How much longer than it may be is the longest chain of a block's activations, or 1.
 static inline float stretch(const float* x, float factor, const float (*tightness)[2]) {
     __m128 most = _mm_set1_ps(1);
-    for (int64_t i = 0; i < ROUND; i += BLOCK, tightness++) {
+    for (int64_t i = 0; i < ROUND<INT8>; i += BLOCK, tightness++) {
         __m256 squares = _mm256_setzero_ps();
         for (int64_t k = i; k < i + BLOCK; k += 8) {
             const __m256 v = _mm256_mul_ps(_mm256_loadu_ps(x + k), _mm256_set1_ps(factor));
@@ -121,13 +121,13 @@ static inline void narrow_sixteen(int8_t* to, Floats x, __m256i& sums) {
 
 template <int KIND>
 static void narrow_activations(const Activations& a, int64_t token, const Matrix& w) {
-    const int64_t blocks = (w.columns + ROUND - 1) / ROUND;
+    const int64_t blocks = (w.columns + ROUND<KIND> - 1) / ROUND<KIND>;
     const float* x = a.values + token * a.stride;
-    for (int64_t b = 0; b < blocks; b++, x += ROUND) {
-        int8_t* q = a.narrow_at(token, b * ROUND);
-        const int64_t place = a.place(token, b);
+    for (int64_t b = 0; b < blocks; b++, x += ROUND<KIND>) {
+        int8_t* q = a.narrow_at<KIND>(token, b * ROUND<KIND>);
+        const int64_t place = a.place<KIND>(token, b);
         Floats most = zeros(), none = zeros();
-        for (int64_t i = 0; i < ROUND; i += LANES) {
+        for (int64_t i = 0; i < ROUND<KIND>; i += LANES) {
             const Floats v = load(x + i);
             most = larger(sizes<KIND>(v), most);
             none = fused(v, zeros(), none);  // zero, unless something is no number or infinite
@@ -136,21 +136,21 @@ static void narrow_activations(const Activations& a, int64_t token, const Matrix
         const float most_of = largest > 4e-37f ? largest : 0.0f;  // below, the factor would be infinite
         float scale = most_of / 127, factor = most_of > 0 ? 127 / most_of : 0.0f;
         if constexpr (CHAINED && KIND == INT8) {
-            const float more = stretch(x, factor, w.tightness + b * RUNS);
+            const float more = stretch(x, factor, w.tightness + b * RUNS<INT8>);
             scale *= more;
             factor /= more;
         }
         int32_t offset = 0;
-        for (int64_t i = 0; i < ROUND; i += BLOCK) {
+        for (int64_t i = 0; i < ROUND<KIND>; i += BLOCK) {
             __m256i sums = _mm256_setzero_si256();
             for (int64_t k = i; k < i + BLOCK; k += LANES) narrow_sixteen(q + k, load(x + k) * all(factor), sums);
             __m128i s = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
             s = _mm_mullo_epi32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)), _mm_set1_epi32(-OFFSET<KIND>));
             const int32_t first = _mm_cvtsi128_si32(s), second = _mm_extract_epi32(s, 2);
             if constexpr (CHAINED)  // what the two chains begin with
-                a.offsets[RUNS * place + i / BLOCK] = int32_t(uint32_t(second) << 16 | (first & 0xffff));
+                a.offsets[RUNS<KIND> * place + i / BLOCK] = int32_t(uint32_t(second) << 16 | (first & 0xffff));
             else if constexpr (BY_RUNS<KIND>)
-                a.offsets[RUNS * place + i / BLOCK] = first + second;
+                a.offsets[RUNS<KIND> * place + i / BLOCK] = first + second;
             else
                 offset += first + second;
         }
@@ -220,11 +220,12 @@ template <int KIND, int M, int P, int N>
 static inline void whole_sums(const Matrix& w, const Activations& a, int64_t token, int64_t panel, int64_t b,
                               const char* const (&p)[P], const char* const (&next)[P], Dots<M, P>& sums) {
     if (M > 6 && !a.few()) __builtin_unreachable();  // then all lie at places that the compiler knows
-    const int64_t between = a.between(), each = a.each(), columns = std::min(ROUND, w.columns - b * ROUND);
+    const int64_t between = a.between<KIND>(), each = a.each<KIND>();
+    const int64_t columns = std::min(ROUND<KIND>, w.columns - b * ROUND<KIND>);
     const int8_t* x[M];
-    x[0] = a.narrow_at(token, b * ROUND);
+    x[0] = a.narrow_at<KIND>(token, b * ROUND<KIND>);
     UNROLL for (int m = 1; m < M; m++) x[m] = x[m - 1] + between;
-    const int32_t* offset = a.offsets + a.place(token, b) * (BY_RUNS<KIND> ? RUNS : 1);
+    const int32_t* offset = a.offsets + a.place<KIND>(token, b) * (BY_RUNS<KIND> ? RUNS<KIND> : 1);
     if constexpr (KIND == INT8) {
         UNROLL for (int m = 0; m < M; m++)
             UNROLL for (int i = 0; i < P; i++) sums[m][i] = _mm512_set1_epi32(offset[m * each]);
@@ -234,11 +235,11 @@ static inline void whole_sums(const Matrix& w, const Activations& a, int64_t tok
             UNROLL for (int i = 0; i < P; i++) sums[m][i] = _mm512_setzero_si512();
         const int64_t next_panel = w.counts_between();
         for (int64_t k = 0; k < columns; k += BLOCK, offset++) {
-            const int16_t* const count = w.counts_at(panel, b * ROUND + k);
+            const int16_t* const count = w.counts_at(panel, b * ROUND<KIND> + k);
             Dots<M, P> run;
             __m512i counts[P];
             UNROLL for (int m = 0; m < M; m++)
-                UNROLL for (int i = 0; i < P; i++) run[m][i] = _mm512_set1_epi32(offset[m * each * RUNS]);
+                UNROLL for (int i = 0; i < P; i++) run[m][i] = _mm512_set1_epi32(offset[m * each * RUNS<KIND>]);
             add_columns<KIND, M, P, N>(x, k, BLOCK, p, next, run);
             UNROLL for (int i = 0; i < P; i++) counts[i] = load_counts(count + i * next_panel);
             UNROLL for (int m = 0; m < M; m++)
@@ -248,14 +249,14 @@ static inline void whole_sums(const Matrix& w, const Activations& a, int64_t tok
 }
 
 // What a block's sums are worth, but for the rows' scales.
-template <int M, int P>
+template <int KIND, int M, int P>
 static inline void add_block(const Activations& a, int64_t token, int64_t b, const Dots<M, P>& sums,
                              Floats (&totals)[M][P]) {
     if (M > 6 && !a.few()) __builtin_unreachable();
-    const float* scale = a.scales + a.place(token, b);
+    const float* scale = a.scales + a.place<KIND>(token, b);
     UNROLL for (int m = 0; m < M; m++)
         UNROLL for (int i = 0; i < P; i++)
-            totals[m][i] = fused(Floats{_mm512_cvtepi32_ps(sums[m][i])}, all(scale[m * a.each()]), totals[m][i]);
+            totals[m][i] = fused(Floats{_mm512_cvtepi32_ps(sums[m][i])}, all(scale[m * a.each<KIND>()]), totals[m][i]);
 }
 
 template <int M, int P>
@@ -268,14 +269,14 @@ static inline void scale_rows(const Matrix& w, int64_t panel, Floats (&totals)[M
 
 template <int KIND, int M, int P>
 static void whole_tile(const Matrix& w, const Activations& a, int64_t token, int64_t panel, Floats (&totals)[M][P]) {
-    constexpr int64_t BYTES = ROUND * PANEL / (KIND == INT4 ? 2 : 1);  // of a block's panel
+    constexpr int64_t BYTES = ROUND<KIND> * PANEL / (KIND == INT4 ? 2 : 1);  // of a block's panel
     const char *p[P], *next[P];
     UNROLL for (int i = 0; i < P; i++) p[i] = w.panel(panel + i);
-    for (int64_t b = 0; b * ROUND < w.columns; b++) {
+    for (int64_t b = 0; b * ROUND<KIND> < w.columns; b++) {
         Dots<M, P> sums;
         UNROLL for (int i = 0; i < P; i++) next[i] = p[i] + AHEAD;
         whole_sums<KIND, M, P, P>(w, a, token, panel, b, p, next, sums);
-        add_block<M, P>(a, token, b, sums, totals);
+        add_block<KIND, M, P>(a, token, b, sums, totals);
         UNROLL for (int i = 0; i < P; i++) p[i] += BYTES;
     }
     scale_rows<M, P>(w, panel, totals);
@@ -321,7 +322,8 @@ template <int KIND, int M, int P, int LINES>
                                          const float* scales, const char* weights, int64_t between,
                                          [[maybe_unused]] const Counts (*counts)[P], const char* next, int64_t part,
                                          int64_t step, Floats (*totals)[P]) {
-    for (; groups > 0; groups--, tokens += M * ROUND, offsets += M * RUNS, scales += M, next += part, totals += M) {
+    constexpr int64_t BYTES = ROUND<KIND>, N = RUNS<KIND>;
+    for (; groups > 0; groups--, tokens += M * BYTES, offsets += M * N, scales += M, next += part, totals += M) {
         __m256i sums[M][P][2] = {};
         const char *p = weights, *n = next;
         for (int64_t run = 0; run * BLOCK < columns; run++) {
@@ -329,14 +331,14 @@ template <int KIND, int M, int P, int LINES>
             __m256i chains[M][P][2];
             UNROLL for (int m = 0; m < M; m++)
                 UNROLL for (int i = 0; i < P; i++)
-                    chains[m][i][0] = chains[m][i][1] = _mm256_set1_epi32(offsets[m * RUNS + run]);
+                    chains[m][i][0] = chains[m][i][1] = _mm256_set1_epi32(offsets[m * N + run]);
             UNROLL for (int k = 0; k < BLOCK; k += 8, x += 8, p += EIGHT<KIND>, n += step)
                 UNROLL for (int i = 0; i < P; i++) {
                     UNROLL for (int line = 0; line < LINES; line++)
                         _mm_prefetch(n + i * between + line * LINE, _MM_HINT_T0);
                     __m256i first[2], second[2];
                     load_eight<KIND>(p + i * between, first, second);
-                    UNROLL for (int m = 0; m < M; m++) add_eight(chains[m][i], first, second, x + m * ROUND);
+                    UNROLL for (int m = 0; m < M; m++) add_eight(chains[m][i], first, second, x + m * BYTES);
                 }
             UNROLL for (int m = 0; m < M; m++)
                 UNROLL for (int i = 0; i < P; i++)
