@@ -22,9 +22,12 @@ from engine import ragged_cache  # noqa: E402
 # Two test processes run at once, and tiny tensors gain nothing from more threads.
 torch.set_num_threads(1)
 
-# A shell starts what it runs in the background with interrupts ignored, and so would every program under test be.
+# A shell starts what it runs in the background with interrupts ignored, nohup ignores hanging up, and so would every
+# program under test. These tests still outlive the terminal.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda number, frame: None)
 
 
 @pytest.fixture(autouse=True)
